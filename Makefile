@@ -1,0 +1,103 @@
+# crate_core: the book and its package.
+#
+#   make book     the environment, every chapter executed, the site in _build/html
+#   make test     the environment, every test: style, types, unit tests, the book, its pages
+#   make help     this list and the options
+#
+# What you can give on the command line (or in the environment):
+#
+#   PYTHON=python3.12        which Python makes the environment (3.11, 3.12 or 3.13; found by itself otherwise)
+#   SYSTEM_SITE_PACKAGES=1   the new environment also sees what is installed for PYTHON: with a CPU-only torch
+#                            AND its matching torchvision there, nothing of CUDA is downloaded
+#   VENV=/path/to/env        use this environment, which has torch, as it is: nothing is installed into it
+#                            (`make env VENV=...` installs what it lacks; torch stays as it is)
+#   PYTEST_ARGS="-k rate"    passed to pytest by `make unit`
+#   WORKERS=4                processes for the unit tests (2 by default)
+#
+# Nothing is downloaded but Python packages, and only while the environment is made.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+OWN_VENV := .venv
+VENV ?= $(OWN_VENV)
+SYSTEM_SITE_PACKAGES ?=
+PYTEST_ARGS ?=
+WORKERS ?= 2
+
+PY := $(VENV)/bin/python
+EXTRAS := train,book,test
+STAMP := $(OWN_VENV)/.installed
+NEEDED := torch torchvision jupyter_book jupytext sphinx_proof sphinx_exercise sphinxcontrib.bibtex sphinx_design \
+          sklearn sympy matplotlib pytest xdist hypothesis beartype mypy playwright bs4 tyro accelerate datasets timm
+
+# The first Python on the path that is new enough; looked for only when an environment has to be made.
+FIND_PYTHON = for p in $(PYTHON) python3 python3.12 python3.11 python3.13; do \
+  if "$$p" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then echo "$$p"; break; fi; \
+  if [ "$$p" = "$(PYTHON)" ]; then break; fi; done
+
+# Run from the clone, whether or not the environment has the package installed.
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+export JUPYTER_PREFER_ENV_PATH := 1
+
+ifeq ($(VENV),$(OWN_VENV))
+READY := $(STAMP)
+else
+READY := check-env
+endif
+
+.PHONY: help env check-env book test lint unit book-test clean distclean
+
+help:  ## this list
+	@sed -n 's/^#  \{0,1\}//p' Makefile | sed -n '1,/^Nothing is/p'
+	@echo; echo "Targets:"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+$(STAMP): pyproject.toml
+	@python="$$($(FIND_PYTHON))"; \
+	if [ -z "$$python" ]; then \
+	  echo "No Python 3.11, 3.12 or 3.13 found$(if $(PYTHON), as '$(PYTHON)'); give one: make PYTHON=/path/to/python3.12" >&2; exit 1; fi; \
+	if [ ! -x $(PY) ]; then \
+	  echo "Making the environment $(OWN_VENV) with $$python ($$("$$python" --version))"; \
+	  "$$python" -m venv $(if $(SYSTEM_SITE_PACKAGES),--system-site-packages) $(OWN_VENV); fi
+	@echo "Installing crate_core with [$(EXTRAS)]: some minutes; on Linux torch brings about 5 GB of CUDA libraries"
+	@echo "(to use a torch that is already installed: make help)"
+	@time $(PY) -m pip install --quiet --disable-pip-version-check -e ".[$(EXTRAS)]"
+	@touch $@
+
+env: ## the environment alone (with VENV=...: install into it what it lacks)
+ifeq ($(VENV),$(OWN_VENV))
+env: $(STAMP)
+else
+env:
+	$(PY) -m pip install --quiet --disable-pip-version-check -e ".[$(EXTRAS)]"
+endif
+
+check-env:
+	@test -x $(PY) || { echo "VENV=$(VENV): no $(PY) there" >&2; exit 1; }
+	@$(PY) -c 'import importlib.util as u, sys; \
+	missing = [m for m in sys.argv[1:] if u.find_spec(m.split(".")[0]) is None or u.find_spec(m) is None]; \
+	sys.exit(f"$(VENV) lacks {missing}; install what it lacks with: make env VENV=$(VENV)" if missing else 0)' $(NEEDED)
+
+book: $(READY)  ## execute every chapter and build the site: _build/html/index.html
+	@$(PY) book/_ext/build.py
+
+lint: $(READY)  ## style and types
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+unit: $(READY)  ## the package's tests, without the book's
+	$(PY) -m pytest -n $(WORKERS) -m "not book and not site" $(PYTEST_ARGS)
+
+book-test: $(READY)  ## build the book with warnings as errors, then look at every page in headless Chromium
+	$(PY) -m pytest -m "book or site"
+
+test: lint unit book-test  ## everything: style, types, unit tests, the book, its pages
+
+clean:  ## remove the built site and its cache
+	rm -rf _build
+
+distclean: clean  ## remove the environment too
+	rm -rf $(OWN_VENV)

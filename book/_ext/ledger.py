@@ -1,0 +1,369 @@
+"""Sphinx extension: the claims of the book, collected from its pages and checked to have run.
+
+A page makes a claim in a code cell, by `crate_core.companion.claim(label, statement, conditions=..., kind=...,
+evidence=..., holds=...)` with literal strings, or, where the check is a test of the package, with
+
+    ```{tested-claim} clm-model-parity
+    :conditions: float32, the same images and mask noise
+    :kind: numerical
+    :test: tests/test_model.py::test_parity
+    Loss and predictions agree with the reference to $10^{-5}$.
+    ```
+
+The directive `{claims-ledger}` shows all of them, page by page, with links to the very boxes, and their number
+by kind. The build warns (and so fails under -W) about a label used twice, an argument that is not a literal, an
+unknown kind, a claim whose box is not among its page's outputs, and a test that does not exist. The warnings
+are repeated in every build until they are mended. `{ref}` works with a claim's label, given a text.
+"""
+
+import ast
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from depcache import code_cells, is_notebook
+from docutils import nodes
+from docutils.parsers.rst import directives
+from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
+from sphinx.util import logging
+from sphinx.util.docutils import SphinxDirective
+
+logger = logging.getLogger(__name__)
+
+KINDS = {
+    "proved": "a theorem with its proof stands in the page; the cell checks it on numbers",
+    "symbolic": "computer algebra shows it exactly",
+    "numerical": "a cell or a test checks it, on the cases named",
+    "counterexample": "something commonly said fails; the cell shows the case",
+    "small scale": "reproduced here with a small model on small data",
+    "not reproduced": "not checked here; the entry says what it would take",
+}
+TEXTS = ("label", "statement", "conditions", "kind", "evidence")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One claim: what is said, when it holds, how it is known, and where it stands."""
+
+    label: str
+    statement: str
+    conditions: str
+    kind: str
+    evidence: str
+    docname: str
+    test: str = ""
+
+
+def claim_calls(code: str) -> Iterator[ast.Call]:
+    """The calls of `claim` (or `companion.claim`) in a piece of code, in the order of the text."""
+    calls = [
+        node
+        for node in ast.walk(ast.parse(code))
+        if isinstance(node, ast.Call)
+        and (getattr(node.func, "id", None) == "claim" or getattr(node.func, "attr", None) == "claim")
+    ]
+    yield from sorted(calls, key=lambda call: (call.lineno, call.col_offset))
+
+
+def read_claims(text: str, docname: str) -> tuple[list[Claim], list[str]]:
+    """The claims that the code cells of a page make, and what is wrong with how they are written."""
+    claims, problems = [], []
+    for index, code in code_cells(text):
+        try:
+            calls = list(claim_calls(code))
+        except SyntaxError:
+            continue  # the cell fails when it executes, and that fails the build
+        for call in calls:
+            given = dict(zip(TEXTS, call.args, strict=False))
+            given |= {keyword.arg: keyword.value for keyword in call.keywords if keyword.arg in TEXTS}
+            values: dict[str, str] = {}
+            for name in TEXTS:
+                node = given.get(name)
+                if not (isinstance(node, ast.Constant) and isinstance(node.value, str)):
+                    problems.append(f"cell {index}: claim(...): {name} must be given as a literal string")
+                else:
+                    values[name] = node.value
+            if len(values) == len(TEXTS):
+                claims.append(Claim(docname=docname, **values))
+    return claims, problems
+
+
+def check_claim(claim: Claim, boxes: Counter[str], root: Path) -> list[str]:
+    """What is wrong with a claim: its kind, its box in the executed page, its test."""
+    problems = []
+    if claim.kind not in KINDS:
+        problems.append(f"{claim.label}: unknown kind {claim.kind!r}, not one of {', '.join(KINDS)}")
+    if not re.fullmatch(r"clm-[a-z0-9-]+", claim.label):
+        problems.append(f"{claim.label}: a label is clm-<chapter>-<what>, in small letters, digits and hyphens")
+    if claim.test:
+        if not test_exists(claim.test, root):
+            problems.append(f"{claim.label}: there is no test {claim.test}")
+    elif boxes[claim.label] != 1:
+        problems.append(
+            f"{claim.label}: its box is {boxes[claim.label]} times among the outputs of the page, not once: "
+            "the cell did not run to it, ran it in a loop, or hides its output"
+        )
+    return problems
+
+
+def test_exists(test: str, root: Path) -> bool:
+    """Whether `tests/test_x.py::test_y` (or `::TestX::test_y`) names a test function."""
+    path, *names = test.split("::")
+    if not names or not (root / path).is_file():
+        return False
+    body: list[ast.stmt] = ast.parse((root / path).read_text(encoding="utf8")).body
+    for name in names:
+        found = [node for node in body if getattr(node, "name", None) == name]
+        if not found:
+            return False
+        node = found[0]
+        body = node.body if isinstance(node, ast.ClassDef) else []
+    return isinstance(node, ast.FunctionDef) and node.name.startswith("test")
+
+
+def inline_nodes(text: str) -> list[nodes.Node]:
+    """Text with TeX between dollar signs and code between back quotes, as document nodes."""
+    result: list[nodes.Node] = []
+    for piece in re.split(r"(\$[^$]+\$|`[^`]+`)", text):
+        if piece.startswith("$") and len(piece) > 2:
+            result.append(nodes.math(piece[1:-1], piece[1:-1]))
+        elif piece.startswith("`") and len(piece) > 2:
+            result.append(nodes.literal(piece[1:-1], piece[1:-1]))
+        elif piece:
+            result.append(nodes.Text(piece))
+    return result
+
+
+def kind_node(kind: str) -> nodes.inline:
+    """The small tag that says how a claim is known."""
+    return nodes.inline(kind, kind, classes=["claim-kind", f"claim-kind-{kind.replace(' ', '-')}"])
+
+
+class TestedClaim(SphinxDirective):
+    """A claim that a test of the package checks: the same box as `claim` makes, and a line in the ledger."""
+
+    required_arguments = 1
+    has_content = True
+    option_spec = {  # noqa: RUF012 - docutils' interface
+        "conditions": directives.unchanged_required,
+        "kind": directives.unchanged_required,
+        "test": directives.unchanged_required,
+        "evidence": directives.unchanged,
+    }
+
+    def run(self) -> list[nodes.Node]:
+        """Record the claim and return its box."""
+        missing = [name for name in ("conditions", "kind", "test") if name not in self.options]
+        if missing:
+            raise self.error(f"tested-claim {self.arguments[0]}: needs the options {missing}")
+        test = self.options["test"].strip()
+        evidence = self.options.get("evidence", "").strip()
+        claim = Claim(
+            label=self.arguments[0].strip(),
+            statement=" ".join(self.content).strip(),
+            conditions=self.options["conditions"].strip(),
+            kind=self.options["kind"].strip(),
+            evidence=f"{evidence}; `{test}`" if evidence else f"`{test}`",
+            docname=self.env.docname,
+            test=test,
+        )
+        store(self.env).tested.setdefault(self.env.docname, []).append(claim)
+        box = nodes.container(classes=["claim", f"claim-{claim.kind.replace(' ', '-')}"], ids=[claim.label])
+        statement = nodes.paragraph("", "", kind_node(claim.kind), nodes.Text(" "), classes=["claim-statement"])
+        statement += inline_nodes(claim.statement)
+        detail = nodes.paragraph("", "", nodes.strong("", "When:"), nodes.Text(" "), classes=["claim-detail"])
+        detail += inline_nodes(claim.conditions)
+        detail += [nodes.Text(" "), nodes.strong("", "Checked:"), nodes.Text(" "), *inline_nodes(claim.evidence)]
+        box += [statement, detail]
+        return [box]
+
+
+class LedgerNode(nodes.General, nodes.Element):
+    """Where the ledger goes; filled in when all pages are known."""
+
+
+class ClaimsLedger(SphinxDirective):
+    """All claims of the book."""
+
+    def run(self) -> list[nodes.Node]:
+        """Leave a place for the ledger."""
+        store(self.env).pages.add(self.env.docname)
+        return [LedgerNode("")]
+
+
+class Store:
+    """What the extension keeps with Sphinx's environment, by page."""
+
+    def __init__(self) -> None:
+        self.claims: dict[str, list[Claim]] = {}
+        self.tested: dict[str, list[Claim]] = {}
+        self.problems: dict[str, list[str]] = {}
+        self.pages: set[str] = set()  # that show the ledger
+        self.written = ""  # what they showed when they were last written
+
+    def forget(self, docname: str) -> None:
+        """Drop a page."""
+        for table in (self.claims, self.tested, self.problems):
+            table.pop(docname, None)
+        self.pages.discard(docname)
+
+    def ordered(self, docnames: Iterable[str]) -> list[Claim]:
+        """All claims, in the order of these pages."""
+        return [claim for docname in docnames for claim in self.claims.get(docname, [])]
+
+
+def store(env: BuildEnvironment) -> Store:
+    """The extension's store in this environment."""
+    if not hasattr(env, "claims_store"):
+        env.claims_store = Store()  # type: ignore[attr-defined]
+    return env.claims_store
+
+
+def reading_order(env: BuildEnvironment) -> list[str]:
+    """Pages in the order of the table of contents."""
+    order: list[str] = []
+
+    def visit(docname: str) -> None:
+        if docname not in order:
+            order.append(docname)
+            for child in env.toctree_includes.get(docname, []):
+                visit(child)
+
+    visit(env.config.root_doc)
+    return order
+
+
+def collect(app: Sphinx, doctree: nodes.document) -> None:
+    """After a page is read and executed: its claims, and whether their boxes are there."""
+    docname, kept = app.env.docname, store(app.env)
+    text = Path(app.env.doc2path(docname)).read_text(encoding="utf8")
+    claims, problems = read_claims(text, docname) if is_notebook(text) else ([], [])
+    claims += kept.tested.get(docname, [])
+    boxes: Counter[str] = Counter()
+    for node in doctree.findall(nodes.raw):
+        boxes.update(re.findall(r'<div class="claim [^>]*\bid="([^"]+)"', node.astext()))
+    for claim in claims:
+        problems += check_claim(claim, boxes, Path(app.srcdir))
+        for table in ("labels", "anonlabels"):
+            entry = (docname, claim.label, claim.label) if table == "labels" else (docname, claim.label)
+            app.env.get_domain("std").data[table][claim.label] = entry
+    kept.claims[docname], kept.problems[docname] = claims, problems
+
+
+def check_all(app: Sphinx, env: BuildEnvironment) -> list[str]:
+    """When all pages are read: warn of what is wrong, and name the pages whose ledger has changed."""
+    kept = store(env)
+    claims = kept.ordered(reading_order(env))
+    for docname, problems in kept.problems.items():
+        for problem in problems:
+            logger.warning(problem, location=docname, type="ledger")
+    places: dict[str, list[str]] = {}
+    for claim in claims:
+        places.setdefault(claim.label, []).append(claim.docname)
+    for label, docnames in places.items():
+        if len(docnames) > 1:
+            logger.warning(f"{label}: used {len(docnames)} times", location=docnames[-1], type="ledger")
+    for docname in {claim.docname for claim in claims} | kept.pages:
+        env.get_domain("math").data["has_equations"][docname] = True  # boxes and tables have TeX of their own
+    content = json.dumps([asdict(claim) for claim in claims])
+    if content == kept.written:
+        return []
+    kept.written = content
+    return sorted(kept.pages)
+
+
+def table_of(header: list[str], rows: list[list[nodes.Element]], widths: list[int], css: str) -> nodes.table:
+    """A table node; each cell carries its column's name as a class."""
+    group = nodes.tgroup(cols=len(header))
+    group += [nodes.colspec(colwidth=width) for width in widths]
+
+    def line(cells: list[nodes.Element]) -> nodes.row:
+        names = [f"{css}-{re.sub('[^a-z]+', '-', name.lower())}" for name in header]
+        return nodes.row("", *(nodes.entry("", cell, classes=[name]) for cell, name in zip(cells, names, strict=True)))
+
+    group += nodes.thead("", line([nodes.paragraph("", name) for name in header]))
+    group += nodes.tbody("", *(line(row) for row in rows))
+    return nodes.table("", group, classes=[css])
+
+
+def ledger_nodes(app: Sphinx, claims: list[Claim], docname: str) -> list[nodes.Node]:
+    """The ledger: numbers by kind, then a table a page."""
+    counts = Counter(claim.kind for claim in claims)
+    summary = [
+        [
+            nodes.paragraph("", "", kind_node(kind)),
+            nodes.paragraph("", meaning),
+            nodes.paragraph("", str(counts[kind])),
+        ]
+        for kind, meaning in KINDS.items()
+    ]
+    total = nodes.paragraph("", "", nodes.strong("", f"{len(claims)} claims"), classes=["ledger-total"])
+    total += nodes.Text(f" in {len({claim.docname for claim in claims})} pages.")
+    result: list[nodes.Node] = [
+        total,
+        table_of(["Kind", "How it is known", "Claims"], summary, [20, 65, 15], "ledger-summary"),
+    ]
+    for page in dict.fromkeys(claim.docname for claim in claims):
+        uri = app.builder.get_relative_uri(docname, page)
+        title = app.env.titles[page].astext()
+        heading = nodes.rubric("", "", nodes.reference("", title, refuri=uri, internal=True))
+        heading["ids"] = [f"ledger-{page.rsplit('/', 1)[-1].replace('_', '-')}"]
+        rows = []
+        for claim in (claim for claim in claims if claim.docname == page):
+            link = nodes.reference("", "", refuri=f"{uri}#{claim.label}", internal=True, classes=["ledger-link"])
+            link += nodes.literal("", claim.label)
+            rows.append(
+                [
+                    nodes.paragraph("", "", *inline_nodes(claim.statement)),
+                    nodes.paragraph("", "", *inline_nodes(claim.conditions)),
+                    nodes.paragraph("", "", *inline_nodes(claim.evidence)),
+                    nodes.paragraph("", "", link),
+                    nodes.paragraph("", "", kind_node(claim.kind)),
+                ]
+            )
+        header = ["Claim", "When it holds", "How it is checked", "Where", "Verdict"]
+        result += [heading, table_of(header, rows, [30, 20, 22, 18, 10], "ledger")]
+    return result
+
+
+def fill_in(app: Sphinx, doctree: nodes.document, docname: str) -> None:
+    """When a page that shows the ledger is written: put it there."""
+    for place in list(doctree.findall(LedgerNode)):
+        place.replace_self(ledger_nodes(app, store(app.env).ordered(reading_order(app.env)), docname))
+
+
+def forget_page(app: Sphinx, env: BuildEnvironment, docname: str) -> None:
+    """Drop what is known of a page that is read again or gone."""
+    del app
+    store(env).forget(docname)
+
+
+def merge_pages(app: Sphinx, env: BuildEnvironment, docnames: Iterable[str], other: BuildEnvironment) -> None:
+    """Take over what a parallel reader has found."""
+    del app
+    kept, read = store(env), store(other)
+    for docname in docnames:
+        for mine, theirs in ((kept.claims, read.claims), (kept.tested, read.tested)):
+            if docname in theirs:
+                mine[docname] = theirs[docname]
+        if docname in read.problems:
+            kept.problems[docname] = read.problems[docname]
+        if docname in read.pages:
+            kept.pages.add(docname)
+
+
+def setup(app: Sphinx) -> dict[str, object]:
+    """Register the extension."""
+    app.add_node(LedgerNode)
+    app.add_directive("tested-claim", TestedClaim)
+    app.add_directive("claims-ledger", ClaimsLedger)
+    app.connect("doctree-read", collect)
+    app.connect("env-updated", check_all)
+    app.connect("doctree-resolved", fill_in)
+    app.connect("env-purge-doc", forget_page)
+    app.connect("env-merge-info", merge_pages)
+    return {"version": "1", "env_version": 1, "parallel_read_safe": True, "parallel_write_safe": True}

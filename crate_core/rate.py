@@ -1,0 +1,210 @@
+r"""Coding rates R and R^c, the sparse rate reduction, and their gradients in closed form.
+
+Tokens are rows, ``z`` of shape (..., n, d).  ``eps`` is the coding precision epsilon (not its square).
+
+Book: :ref:`ch-coding-rate`.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from crate_core.shapes import Bases, Heads, Scalars, Tokens
+
+
+CHOLESKY_LIMIT = 1e-3
+"""Cholesky is used while ``weight * |v|_F^2 * machine epsilon`` stays below this; its error in nats is of that order."""
+
+
+def check_eps(eps: float) -> None:
+    """Raise ``ValueError`` unless eps, the coding precision, is positive and finite (and its square is)."""
+    if not 0 < eps * eps < math.inf:
+        raise ValueError(f"eps, the coding precision, must be positive and finite, got {eps}")
+
+
+def check_tokens(z: Tokens) -> None:
+    """Raise ``ValueError`` unless z are floating-point tokens (..., n, d) with n >= 1 and d >= 1."""
+    if z.ndim < 2 or min(z.shape[-2:]) < 1 or not z.is_floating_point():
+        raise ValueError(f"tokens must be floating point, (..., n, d) with n, d >= 1, got {z.dtype} {tuple(z.shape)}")
+
+
+def check_bases(z: Tokens, bases: Bases) -> None:
+    """Raise ``ValueError`` unless bases are (K, d, p) for tokens (..., n, d)."""
+    check_tokens(z)
+    if bases.ndim != 3 or bases.shape[1] != z.shape[-1]:
+        raise ValueError(f"bases must be (K, {z.shape[-1]}, p) for tokens {tuple(z.shape)}, got {tuple(bases.shape)}")
+
+
+def head_coordinates(z: Tokens, bases: Bases) -> Heads:
+    r"""Coordinates of every token in every subspace, :math:`V_k = U_k^\top Z`, as rows: (..., K, n, p).
+
+    Raises ``ValueError`` if the bases do not fit the tokens.  Book: :ref:`ch-coding-rate`.
+    """
+    check_bases(z, bases)
+    return z[..., None, :, :] @ bases
+
+
+def subspace_beta(n: int, rank: int, eps: float) -> float:
+    r"""The constant :math:`\beta = p / (n \varepsilon^2)` of :math:`R^c`, for n tokens and rank p.
+
+    Raises ``ValueError`` if eps is not positive or n < 1.  Book: :ref:`ch-coding-rate`.
+    """
+    check_eps(eps)
+    if n < 1:
+        raise ValueError(f"the number of tokens must be positive, got {n}")
+    return rank / (n * eps**2)
+
+
+def _tall(v: Tensor) -> Tensor:
+    """v or v^T, whichever has no more columns than rows: det(I + w v^T v) is the same for both, on the smaller side."""
+    return v if v.shape[-2] >= v.shape[-1] else v.mT
+
+
+def _cholesky(v: Tensor, weight: float) -> Tensor | None:
+    """Lower factor of I + weight v^T v, or None where squaring v would cost too many digits (or v is not finite)."""
+    gram = weight * (v.mT @ v)
+    lost = gram.diagonal(dim1=-2, dim2=-1).sum(-1) * torch.finfo(v.dtype).eps
+    if not bool((lost <= CHOLESKY_LIMIT).all()):
+        return None
+    return torch.linalg.cholesky(gram + torch.eye(gram.shape[-1], dtype=v.dtype, device=v.device))
+
+
+def _stacked_qr(v: Tensor, weight: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Q1, Q2, R with [I; sqrt(weight) v] = [Q1; Q2] R, hence R^T R = I + weight v^T v without forming a square."""
+    columns = v.shape[-1]
+    identity = torch.eye(columns, dtype=v.dtype, device=v.device).expand(*v.shape[:-2], columns, columns)
+    q, r = torch.linalg.qr(torch.cat([identity, math.sqrt(weight) * v], dim=-2))
+    return q[..., :columns, :], q[..., columns:, :], r
+
+
+def _half_log_det(v: Tensor, weight: float) -> Tensor:
+    """1/2 log det(I + weight v v^T) over the last two dimensions."""
+    v = _tall(v)
+    factor = _cholesky(v, weight)
+    if factor is None:
+        factor = _stacked_qr(v, weight)[2]
+    return factor.diagonal(dim1=-2, dim2=-1).abs().log().sum(-1)
+
+
+def _shrink(v: Tensor, weight: float) -> Tensor:
+    """(I + weight v v^T)^{-1} v = v (I + weight v^T v)^{-1}: singular values s become s / (1 + weight s^2)."""
+    tall = _tall(v)
+    factor = _cholesky(tall, weight)
+    if factor is None:
+        q1, q2, _ = _stacked_qr(tall, weight)  # v = Q2 R / sqrt(w), R^{-1} = Q1: v (R^T R)^{-1} = Q2 Q1^T / sqrt(w)
+        shrunk = q2 @ q1.mT / math.sqrt(weight)
+    else:
+        shrunk = torch.cholesky_solve(tall.mT, factor).mT
+    return shrunk if tall.shape == v.shape else shrunk.mT
+
+
+def _at_least_single(z: Tensor) -> Tensor:
+    """Half-precision tensors as float32, which factorisations need; others as they are."""
+    return z.float() if torch.finfo(z.dtype).bits < 32 else z
+
+
+def coding_rate(z: Tokens, eps: float) -> Scalars:
+    r"""Lossy coding rate of the tokens as one Gaussian, in nats,
+
+    .. math:: R(Z) = \tfrac12 \log\det\!\Big(I + \frac{d}{n \varepsilon^2} Z Z^\top\Big).
+
+    The smaller of the n x n and d x d determinants is factored (Cholesky; singular values if rounding has cost
+    positive definiteness).
+
+    Parameters
+    ----------
+    z : (..., n, d) tokens as rows.
+    eps : coding precision, > 0, in units of the tokens.
+
+    Returns
+    -------
+    (...) one rate for each leading batch entry.
+
+    Raises
+    ------
+    ValueError
+        If eps <= 0 or z has fewer than two dimensions.
+
+    Book: :ref:`ch-coding-rate`.  The constant follows the rate-reduction literature, d / (n eps^2); some public code
+    passes the square of eps where it writes eps.
+    """
+    check_eps(eps)
+    if z.ndim < 2:
+        raise ValueError(f"tokens must have shape (..., n, d), got {tuple(z.shape)}")
+    n, d = z.shape[-2:]
+    return _half_log_det(z, d / (n * eps**2))
+
+
+def coding_rate_grad(z: Tokens, eps: float) -> Tokens:
+    r"""Gradient of :func:`coding_rate`, with :math:`\alpha = d/(n\varepsilon^2)`,
+
+    .. math:: \nabla R(Z) = \alpha\, (I + \alpha Z Z^\top)^{-1} Z,
+
+    as rows, shape (..., n, d).  Raises ``ValueError`` as :func:`coding_rate` does.  Book: :ref:`ch-coding-rate`.
+    """
+    check_eps(eps)
+    if z.ndim < 2:
+        raise ValueError(f"tokens must have shape (..., n, d), got {tuple(z.shape)}")
+    n, d = z.shape[-2:]
+    alpha = d / (n * eps**2)
+    return alpha * _shrink(z, alpha)
+
+
+def subspace_coding_rate(z: Tokens, bases: Bases, eps: float) -> Scalars:
+    r"""Coding rate of the tokens against K subspaces, in nats, with :math:`\beta = p/(n\varepsilon^2)`,
+
+    .. math:: R^c(Z \mid U_{[K]}) = \tfrac12 \sum_{k} \log\det\!\big(I + \beta\, (U_k^\top Z)^\top (U_k^\top Z)\big).
+
+    Defined for any bases, orthonormal or not (trained ones are not); the smaller of the n x n and p x p determinants
+    is factored.
+
+    Parameters
+    ----------
+    z : (..., n, d) tokens as rows.
+    bases : (K, d, p).
+    eps : coding precision, > 0.
+
+    Raises
+    ------
+    ValueError
+        If eps <= 0 or the bases do not fit the tokens.
+
+    Book: :ref:`ch-coding-rate`.
+    """
+    v = head_coordinates(z, bases)
+    return _half_log_det(v, subspace_beta(v.shape[-2], v.shape[-1], eps)).sum(-1)
+
+
+def subspace_coding_rate_grad(z: Tokens, bases: Bases, eps: float) -> Tokens:
+    r"""Gradient of :func:`subspace_coding_rate`,
+
+    .. math:: \nabla R^c(Z) = \beta \sum_k U_k\, U_k^\top Z\, \big(I + \beta (U_k^\top Z)^\top (U_k^\top Z)\big)^{-1},
+
+    as rows, shape (..., n, d).  Raises ``ValueError`` as :func:`subspace_coding_rate` does.
+    Book: :ref:`ch-coding-rate`.
+    """
+    v = head_coordinates(z, bases)
+    beta = subspace_beta(v.shape[-2], v.shape[-1], eps)
+    return beta * (_shrink(v, beta) @ bases.mT).sum(-3)
+
+
+def rate_reduction(z: Tokens, bases: Bases, eps: float) -> Scalars:
+    r"""Rate reduction :math:`\Delta R(Z) = R(Z) - R^c(Z \mid U_{[K]})`, in nats.
+
+    Large when the tokens together span much and each subspace needs little.  Raises ``ValueError`` as
+    :func:`subspace_coding_rate` does.  Book: :ref:`ch-coding-rate`.
+    """
+    return coding_rate(z, eps) - subspace_coding_rate(z, bases, eps)
+
+
+def sparse_rate_reduction(z: Tokens, bases: Bases, eps: float, lambd: float) -> Scalars:
+    r"""The sparse rate reduction :math:`R(Z) - R^c(Z \mid U_{[K]}) - \lambda \|Z\|_0`.
+
+    :math:`\|Z\|_0` counts the nonzero entries.  Raises ``ValueError`` as :func:`subspace_coding_rate` does, or if
+    lambd is negative.  Book: :ref:`ch-coding-rate`.
+    """
+    if not lambd >= 0:
+        raise ValueError(f"lambd must be >= 0, got {lambd}")
+    nonzeros = torch.count_nonzero(z, dim=(-2, -1))
+    return rate_reduction(z, bases, eps) - lambd * nonzeros

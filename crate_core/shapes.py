@@ -1,0 +1,76 @@
+r"""Array-type aliases: the notation table in code.
+
+Tokens are rows in code, shape ``(..., n, d)``, and columns in the text, :math:`Z \in \mathbb{R}^{d \times n}`.
+The aliases below name every array that crosses a public signature.  They are annotations: nothing is checked in
+ordinary use; ``make test`` checks them with beartype.
+
+========= ============================================================
+axis      meaning
+========= ============================================================
+``n``     number of tokens
+``d``     token dimension
+``K``     number of subspaces (attention heads)
+``p``     dimension (rank) of each subspace
+``m``     number of dictionary atoms
+``B``     images in a batch
+``L``     patches in an image
+``C``     colour channels
+``H W``   image height and width in pixels
+========= ============================================================
+
+Book: :ref:`ch-notation`.
+"""
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+Tokens = Float[Tensor, "*batch n d"]
+"""Tokens as rows; any leading batch dimensions."""
+
+TokenVectors = Float[Tensor, "*tokens d"]
+"""Vectors in token space with any leading shape, a single vector included."""
+
+Bases = Float[Tensor, "K d p"]
+"""One d x p basis per subspace, columns orthonormal where a function says so."""
+
+Heads = Float[Tensor, "*batch K n p"]
+"""Tokens seen by each subspace: the coordinates U_k^T z as rows."""
+
+AttentionWeights = Float[Tensor, "*batch K n n"]
+"""Row-stochastic attention: entry (i, j) is the weight of token j in the output of token i."""
+
+Dictionary = Float[Tensor, "d m"]
+"""Dictionary with m atoms as columns; m = d when complete."""
+
+Codes = Float[Tensor, "*batch n m"]
+"""Sparse codes as rows."""
+
+Scalars = Float[Tensor, "*batch"]
+"""One number per batch entry (a zero-dimensional tensor without batch dimensions)."""
+
+PerToken = Float[Tensor, "*tokens"]
+"""One number per token vector."""
+
+Posterior = Float[Tensor, "*tokens K"]
+"""Probability of each component given each token."""
+
+Labels = Int[Tensor, "n"]
+"""Component index of each token."""
+
+Images = Float[Tensor, "B C H W"]
+"""A batch of images."""
+
+Patches = Float[Tensor, "B L patch_pixels"]
+"""Flattened patches: patch rows, then columns, then channels."""
+
+PatchMask = Float[Tensor, "B L"]
+"""1 where a patch is removed, 0 where it is visible."""
+
+PatchNoise = Float[Tensor, "B L"]
+"""Uniform noise that fixes a mask: the patches with the lowest values stay visible."""
+
+PatchIndex = Int[Tensor, "B L_sub"]
+"""Patch indices, per image."""
+
+PatchFlags = Bool[Tensor, "B L"]
+"""A yes/no per patch."""
