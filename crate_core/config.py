@@ -57,9 +57,13 @@ class CrateMAEConfig:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
         size = self.image_size
-        height, width = (size, size) if isinstance(size, int) else tuple(size)
-        object.__setattr__(self, "image_size", size if isinstance(size, int) else (height, width))
-        patch_grid(height, width, self.patch_size)
+        sides = (size,) * 2 if isinstance(size, int) else tuple(size) if isinstance(size, tuple | list) else ()
+        if len(sides) != 2 or not all(isinstance(side, int) for side in sides):
+            raise ValueError(f"image_size must be an integer or two (height, width), got {size!r}")
+        object.__setattr__(self, "image_size", size if isinstance(size, int) else sides)
+        patch_grid(sides[0], sides[1], self.patch_size)
+        if self.normalize_targets and self.patch_size**2 * self.channels < 2:
+            raise ValueError("normalize_targets needs patches of more than one number: a single one has no variance")
         if self.dim % self.heads or self.dim % 4:
             raise ValueError(f"dim must be a multiple of heads and of four, got dim={self.dim}, heads={self.heads}")
         check_step(self.eta, self.lambd)

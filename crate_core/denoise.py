@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from crate_core.mixture import check_orthonormal
-from crate_core.shapes import Bases, TokenVectors
+from crate_core.shapes import Bases, SubspaceIndex, TokenVectors
 
 
 def add_noise(x: TokenVectors, sigma: float, generator: torch.Generator | None = None) -> TokenVectors:
@@ -58,30 +58,32 @@ def project(z: TokenVectors, basis: Tensor) -> TokenVectors:
     Book: :ref:`ch-denoising`.
     """
     if basis.ndim < 2 or basis.shape[-2] != z.shape[-1]:
-        raise ValueError(
-            f"basis must be (..., {z.shape[-1]}, p) for tokens {tuple(z.shape)}, got {tuple(basis.shape)}"
-        )
+        raise ValueError(f"basis must be (..., {z.shape[-1]}, p) for tokens {tuple(z.shape)}, got {tuple(basis.shape)}")
     check_orthonormal(basis.reshape(-1, *basis.shape[-2:]))
     coordinates = basis.mT @ z[..., None]
     return (basis @ coordinates)[..., 0]
 
 
-def project_nearest(z: TokenVectors, bases: Bases) -> TokenVectors:
-    r"""Projection on the nearest subspace, :math:`U_k U_k^\top z` with :math:`k = \arg\max_j \|U_j^\top z\|`.
-
-    The limit of the posterior mean of a mixture with equal ranks as the noise vanishes, for almost every z.
+def nearest_subspace(z: TokenVectors, bases: Bases) -> SubspaceIndex:
+    r"""Index of the subspace nearest to each token, :math:`\argmax_k \|U_k^\top z\|`, shape (...).
 
     Raises ``ValueError`` if the bases are not orthonormal or do not fit.  Book: :ref:`ch-denoising`.
     """
     check_orthonormal(bases)
     if bases.shape[1] != z.shape[-1]:
-        raise ValueError(
-            f"bases must be (K, {z.shape[-1]}, p) for tokens {tuple(z.shape)}, got {tuple(bases.shape)}"
-        )
-    coordinates = torch.einsum("...d,kdp->...kp", z, bases)
-    nearest = coordinates.square().sum(-1).argmax(-1)  # (...)
-    chosen = torch.take_along_dim(coordinates, nearest[..., None, None], dim=-2)[..., 0, :]
-    return torch.einsum("...p,...dp->...d", chosen, bases[nearest])
+        raise ValueError(f"bases must be (K, {z.shape[-1]}, p) for tokens {tuple(z.shape)}, got {tuple(bases.shape)}")
+    return torch.einsum("...d,kdp->...kp", z, bases).square().sum(-1).argmax(-1)
+
+
+def project_nearest(z: TokenVectors, bases: Bases) -> TokenVectors:
+    r"""Projection on the nearest subspace, :math:`U_k U_k^\top z` with :math:`k = \argmax_j \|U_j^\top z\|`.
+
+    The limit of the posterior mean of a mixture with equal ranks as the noise vanishes, for almost every z.
+
+    Raises ``ValueError`` if the bases are not orthonormal or do not fit.  Book: :ref:`ch-denoising`.
+    """
+    nearest = bases[nearest_subspace(z, bases)]  # (..., d, p)
+    return (nearest @ (nearest.mT @ z[..., None]))[..., 0]
 
 
 def noise_left(estimate: TokenVectors, noisy: TokenVectors, clean: TokenVectors) -> float:

@@ -93,7 +93,11 @@ def random_bases(
         raise ValueError(
             f"{components} mutually orthogonal subspaces of rank {rank} need dim >= {components * rank}, got {dim}"
         )
-    options: dict[str, Any] = {"generator": generator, "dtype": dtype, "device": generator.device if generator else None}
+    options: dict[str, Any] = {
+        "generator": generator,
+        "dtype": dtype,
+        "device": generator.device if generator else None,
+    }
     if fits if orthogonal is None else orthogonal:
         frame = torch.linalg.qr(torch.randn(dim, components * rank, **options)).Q
         return frame.reshape(dim, components, rank).permute(1, 0, 2).contiguous()
@@ -124,8 +128,9 @@ class LowRankGaussianMixture:
     ----------
     bases : (K, d, p), orthonormal columns.
     weights : (K,), positive, summing to one; ``None`` means uniform.
-    scales : standard deviation of each coordinate of a: a number, (K,) or (K, p), positive; ``None`` means
-        1/sqrt(p), which gives the clean signal unit mean squared norm.
+    scales : standard deviation of each coordinate of a: a number, (K,) or (K, p), not negative; ``None`` means
+        1/sqrt(p), which gives the clean signal unit mean squared norm.  A zero drops that direction, so subspaces
+        of different ranks are written with the largest rank and zeros.
 
     ``sigma`` in every method is the noise's standard deviation per coordinate (the noise has norm about
     sigma * sqrt(d)): a positive number, or a tensor that broadcasts with the leading shape of ``z``.
@@ -133,22 +138,20 @@ class LowRankGaussianMixture:
     Raises
     ------
     ValueError
-        For bases that are not orthonormal, weights or scales that are not positive or of the wrong shape.
+        For bases that are not orthonormal, weights that are not positive or do not sum to one, negative scales, or
+        wrong shapes.  Methods raise it for tokens of another dimension or dtype, and for a sigma that is not finite,
+        not positive, or so small that its square underflows.
 
     Book: :ref:`ch-mixture`; the score and the denoiser are derived in :ref:`ch-denoising`.
     """
 
-    def __init__(
-        self, bases: Bases, weights: Tensor | None = None, scales: Tensor | float | None = None
-    ) -> None:
+    def __init__(self, bases: Bases, weights: Tensor | None = None, scales: Tensor | float | None = None) -> None:
         check_orthonormal(bases)
         components, _, rank = bases.shape
         like: dict[str, Any] = {"dtype": bases.dtype, "device": bases.device}
         self.bases = bases
         self.weights = (
-            torch.full((components,), 1.0 / components, **like)
-            if weights is None
-            else torch.as_tensor(weights, **like)
+            torch.full((components,), 1.0 / components, **like) if weights is None else torch.as_tensor(weights, **like)
         )
         if (
             self.weights.shape != (components,)
@@ -158,9 +161,11 @@ class LowRankGaussianMixture:
             raise ValueError(f"weights must be {components} positive numbers that sum to one, got {weights}")
         scales = torch.as_tensor(1.0 / math.sqrt(rank) if scales is None else scales, **like)
         accepted = {0: (), 1: (components,), 2: (components, rank)}
-        if scales.shape != accepted.get(scales.ndim) or not bool((scales > 0).all()):
+        valid = bool(((scales >= 0) & scales.isfinite()).all())
+        if scales.shape != accepted.get(scales.ndim) or not valid:
             raise ValueError(
-                f"scales must be positive, of shape (), ({components},) or ({components}, {rank}), got {scales}"
+                f"scales must be finite, not negative, of shape (), ({components},) or ({components}, {rank}), "
+                f"got {scales}"
             )
         per_component = scales[:, None] if scales.ndim == 1 else scales
         self.scales = per_component.expand(components, rank)
@@ -227,9 +232,7 @@ class LowRankGaussianMixture:
         if labels is None:
             labels = torch.multinomial(self.weights, n, replacement=True, generator=generator)
         elif labels.shape != (n,) or int(labels.min()) < 0 or int(labels.max()) >= self.components:
-            raise ValueError(
-                f"labels must be {n} integers in [0, {self.components}), got shape {tuple(labels.shape)}"
-            )
+            raise ValueError(f"labels must be {n} integers in [0, {self.components}), got shape {tuple(labels.shape)}")
         options: dict[str, Any] = {"generator": generator, "dtype": self.bases.dtype, "device": self.bases.device}
         coefficients = torch.randn(n, self.rank, **options) * self.scales[labels]
         clean = torch.einsum("ndp,np->nd", self.bases[labels], coefficients)
@@ -240,9 +243,15 @@ class LowRankGaussianMixture:
         """Coordinates U_k^T z (..., K, p), residuals z - U_k U_k^T z (..., K, d), variance sigma^2 (..., 1, 1)."""
         if z.shape[-1] != self.dim:
             raise ValueError(f"tokens must have dimension d = {self.dim}, got shape {tuple(z.shape)}")
+        if z.dtype != self.bases.dtype:
+            raise ValueError(f"tokens are {z.dtype} and the bases {self.bases.dtype}: convert one of them with .to")
         sigma = torch.as_tensor(sigma, dtype=z.dtype, device=z.device)
-        if not bool((sigma > 0).all()):
-            raise ValueError("sigma must be > 0: without noise the mixture has no density on R^d")
+        smallest = math.sqrt(torch.finfo(z.dtype).tiny)
+        if not bool(((sigma >= smallest) & sigma.isfinite()).all()):
+            raise ValueError(
+                f"sigma must be finite and > 0, and its square representable in {z.dtype} (sigma >= {smallest:.2g}): "
+                "without noise the mixture has no density on R^d"
+            )
         coordinates = torch.einsum("...d,kdp->...kp", z, self.bases)
         # The residual vector itself, not |z|^2 - |U^T z|^2: that difference loses all digits when sigma is tiny.
         residuals = z[..., None, :] - torch.einsum("...kp,kdp->...kd", coordinates, self.bases)
@@ -255,19 +264,27 @@ class LowRankGaussianMixture:
         log_det = spectrum.log().sum(-1) + (self.dim - self.rank) * variance[..., 0].log()
         return self.weights.log() - 0.5 * (quadratic + log_det + self.dim * math.log(2 * math.pi))
 
+    def log_joint(self, z: TokenVectors, sigma: float | Tensor) -> Posterior:
+        r""":math:`\log \pi_k + \log \mathcal{N}(z; 0, C_k)`, shape (..., K).
+
+        Its logsumexp over k is the log-density, its softmax the posterior.  Raises ``ValueError`` for a wrong
+        token dimension or sigma <= 0.  Book: :ref:`ch-mixture`.
+        """
+        return self._log_joint(*self._split(z, sigma))
+
     def log_density(self, z: TokenVectors, sigma: float | Tensor) -> PerToken:
         r""":math:`\log p_\sigma(z) = \log \sum_k \pi_k \, \mathcal{N}(z; 0, C_k)`, shape (...).
 
         Raises ``ValueError`` for a wrong token dimension or sigma <= 0.  Book: :ref:`ch-mixture`.
         """
-        return torch.logsumexp(self._log_joint(*self._split(z, sigma)), dim=-1)
+        return torch.logsumexp(self.log_joint(z, sigma), dim=-1)
 
     def posterior(self, z: TokenVectors, sigma: float | Tensor) -> Posterior:
         r""":math:`\gamma_k(z) = \pi_k \mathcal{N}(z; 0, C_k) / p_\sigma(z)`, shape (..., K): a softmax over subspaces.
 
         Raises ``ValueError`` for a wrong token dimension or sigma <= 0.  Book: :ref:`ch-denoising`.
         """
-        return torch.softmax(self._log_joint(*self._split(z, sigma)), dim=-1)
+        return torch.softmax(self.log_joint(z, sigma), dim=-1)
 
     def score(self, z: TokenVectors, sigma: float | Tensor) -> TokenVectors:
         r""":math:`\nabla_z \log p_\sigma(z) = -\sum_k \gamma_k(z)\, C_k^{-1} z`, same shape as z.
@@ -276,9 +293,7 @@ class LowRankGaussianMixture:
         """
         coordinates, residuals, variance = self._split(z, sigma)
         gamma = torch.softmax(self._log_joint(coordinates, residuals, variance), dim=-1)
-        inside = torch.einsum(
-            "...k,...kp,kdp->...d", gamma, coordinates / (self.scales**2 + variance), self.bases
-        )
+        inside = torch.einsum("...k,...kp,kdp->...d", gamma, coordinates / (self.scales**2 + variance), self.bases)
         outside = torch.einsum("...k,...kd->...d", gamma, residuals / variance)
         return -(inside + outside)
 
@@ -286,7 +301,7 @@ class LowRankGaussianMixture:
         r"""The posterior mean :math:`\mathbb{E}[x \mid z] = \sum_k \gamma_k U_k \mathrm{diag}\big(\tfrac{\tau_k^2}
         {\tau_k^2+\sigma^2}\big) U_k^\top z`, same shape as z.
 
-        Equal to Tweedie's formula :math:`z + \sigma^2 \nabla \log p_\sigma(z)`, without its cancellation at tiny noise.
+        Equal to Tweedie's formula :math:`z + \sigma^2 \nabla \log p_\sigma(z)`.
 
         Raises ``ValueError`` for a wrong token dimension or sigma <= 0.  Book: :ref:`ch-denoising`.
         """

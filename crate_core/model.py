@@ -30,8 +30,7 @@ from crate_core.pretrained import (
     load_weights,
     read_config,
     resolve_directory,
-    save_config,
-    save_weights,
+    save_model,
     unwrap_state_dict,
 )
 from crate_core.shapes import Images, Patches, PatchIndex, PatchMask, PatchNoise, Tokens
@@ -184,14 +183,11 @@ class CrateMAE(nn.Module):
         return model
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write ``config.json`` and ``model.safetensors`` into a directory, each whole or not at all.
+        """Write ``config.json`` and ``model.safetensors`` into a directory, both whole or neither.
 
         Raises ``OSError`` if the disk is full or not writable; files already there are then untouched.
         """
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        save_weights(directory / WEIGHTS_FILE, self.state_dict())
-        save_config(directory, {"model_type": MODEL_TYPE, **self.config.to_dict()})
+        save_model(Path(directory), {"model_type": MODEL_TYPE, **self.config.to_dict()}, self.state_dict())
 
     def load_weights(self, weights: Mapping[str, Tensor], source: str) -> None:
         """Load a complete set of weights; ``ValueError`` names ``source`` and what does not fit, and loads nothing."""
@@ -231,6 +227,14 @@ class CrateMAE(nn.Module):
             raise ValueError(f"images must be floating point, got {images.dtype}; model.standardize() takes uint8")
         return patch_grid(images.shape[2], images.shape[3], self.config.patch_size)
 
+    def _check_input(self, images: Tensor) -> tuple[int, int]:
+        """The patch grid of images in model units; ``ValueError`` also if their dtype is not the weights'."""
+        grid = self._check_images(images)
+        own = self.positions.dtype
+        if images.dtype != own and not torch.is_autocast_enabled(images.device.type):
+            raise ValueError(f"images must be {own} like the weights, got {images.dtype}; convert with images.to(...)")
+        return grid
+
     def position_table(self, grid: tuple[int, int]) -> Tensor:
         """Positions (1 + L, d) for any grid: the fixed table at the configured size, rescaled coordinates elsewhere."""
         if grid == self.config.grid:
@@ -251,10 +255,12 @@ class CrateMAE(nn.Module):
 
         Raises ``ValueError`` for images of the wrong shape, size or dtype.  Book: :ref:`ch-crate-mae`.
         """
-        grid = self._check_images(images)
+        grid = self._check_input(images)
         embedded = self.patch_embedding(patchify(images, self.config.patch_size))
         x = self.with_class_token(embedded) + self.position_table(grid)
-        return self.encoder_norm(nn.Sequential(*self.encoder)(x))
+        for layer in self.encoder:
+            x = layer(x)
+        return self.encoder_norm(x)
 
     def forward(
         self,
@@ -281,7 +287,7 @@ class CrateMAE(nn.Module):
 
         Book: :ref:`ch-crate-mae`.
         """
-        grid = self._check_images(images)
+        grid = self._check_input(images)
         batch, length = images.shape[0], grid[0] * grid[1]
         if noise is None:
             noise = torch.rand(batch, length, device=images.device)
@@ -311,8 +317,8 @@ class CrateMAE(nn.Module):
             patches = restore_tokens(y[:, 1:], self.mask_token, masking.ids_restore)
             y = torch.cat([y[:, :1], patches], dim=1) + positions
         decoder_hidden_states = [y]
-        for layer in self.decoder:
-            y = layer(y)
+        for reverse in self.decoder:
+            y = reverse(y)
             decoder_hidden_states.append(y)
 
         logits = self.prediction(self.decoder_norm(y))[:, 1:]

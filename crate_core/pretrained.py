@@ -5,17 +5,20 @@ Nothing here unpickles a stranger's objects: safetensors, or ``torch.load(weight
 Book: :ref:`ch-crate-mae`.
 """
 
+import argparse
 import json
 import os
 import pickle
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import struct
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as serialize_tensors
 from torch import Tensor
 
 CONFIG_FILE = "config.json"
@@ -24,35 +27,42 @@ WEIGHTS_FILE = "model.safetensors"
 REFERENCE_HEADS = {384: 6, 576: 12, 768: 12, 1024: 16}
 """Heads of the authors' published sizes by token dimension; the weights themselves do not tell."""
 
+DAMAGED_FILE_ERRORS = (
+    pickle.UnpicklingError,
+    RuntimeError,
+    EOFError,
+    ValueError,
+    LookupError,
+    struct.error,
+)
+"""What ``torch.load(weights_only=True)`` raises on files that are cut off, damaged, or hold other objects."""
+
 StateDict = dict[str, Tensor]
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside ``path`` to write to; flushed to disk and renamed to ``path`` if nothing was raised."""
+def atomic_write(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all: under a temporary name beside it, flushed to disk, then renamed.
+
+    Raises ``OSError`` if the disk is full or not writable; the previous file is then untouched.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        yield temporary
-        with open(temporary, "rb+") as file:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def atomic_write(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all.
+def weights_to_bytes(state: Mapping[str, Tensor]) -> bytes:
+    """Tensors as the content of a safetensors file.
 
-    Raises ``OSError`` if the disk is full or not writable; the previous file is then untouched.
+    ``safetensors.torch.save_file`` writes files that only their owner can read, and reports a full disk as an error
+    of its own; bytes written by :func:`atomic_write` have neither trouble.
     """
-    with replacing(path) as temporary:
-        temporary.write_bytes(content)
-
-
-def save_weights(path: Path, state: Mapping[str, Tensor]) -> None:
-    """Write tensors as safetensors, whole or not at all.  Raises ``OSError`` as :func:`atomic_write` does."""
-    with replacing(path) as temporary:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, temporary)
+    return serialize_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()})
 
 
 def load_weights(path: str | Path) -> StateDict:
@@ -80,8 +90,10 @@ def load_weights(path: str | Path) -> StateDict:
         except SafetensorError as error:
             raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        # MAE's training script, which the authors built on, saves its parsed arguments beside the weights.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except DAMAGED_FILE_ERRORS as error:
         raise ValueError(
             f"{path} was refused: accepted are .safetensors files and PyTorch files that hold tensors only "
             f"(read with weights_only=True). {error}"
@@ -136,9 +148,17 @@ def read_config(directory: Path) -> dict[str, object]:
     return config
 
 
-def save_config(directory: Path, config: Mapping[str, object]) -> None:
-    """Write ``config.json``, whole or not at all.  Raises ``OSError`` as :func:`atomic_write` does."""
-    atomic_write(directory / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
+def save_model(directory: Path, config: Mapping[str, object], weights: Mapping[str, Tensor]) -> None:
+    """Write ``config.json`` and ``model.safetensors``; neither is replaced before both are whole on disk.
+
+    Raises ``OSError`` if the disk is full or not writable; files already there are then untouched.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as scratch:
+        atomic_write(Path(scratch, WEIGHTS_FILE), weights_to_bytes(weights))
+        atomic_write(Path(scratch, CONFIG_FILE), (json.dumps(config, indent=2) + "\n").encode())
+        for name in (WEIGHTS_FILE, CONFIG_FILE):
+            os.replace(Path(scratch, name), directory / name)
 
 
 def resolve_directory(name: str | Path) -> Path:

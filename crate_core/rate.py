@@ -10,11 +10,10 @@ import math
 import torch
 from torch import Tensor
 
-from crate_core.shapes import Bases, Heads, Scalars, Tokens
-
+from crate_core.shapes import Bases, Heads, Labels, Scalars, Tokens
 
 CHOLESKY_LIMIT = 1e-3
-"""Cholesky is used while ``weight * |v|_F^2 * machine epsilon`` stays below this; its error in nats is of that order."""
+"""Cholesky serves while ``weight * |v|_F^2 * machine epsilon`` is below this: its error in nats is of that order."""
 
 
 def check_eps(eps: float) -> None:
@@ -105,104 +104,237 @@ def _at_least_single(z: Tensor) -> Tensor:
 
 
 def coding_rate(z: Tokens, eps: float) -> Scalars:
-    r"""Lossy coding rate of the tokens as one Gaussian, in nats,
+    r"""Lossy coding rate of the tokens as one Gaussian,
 
     .. math:: R(Z) = \tfrac12 \log\det\!\Big(I + \frac{d}{n \varepsilon^2} Z Z^\top\Big).
 
-    The smaller of the n x n and d x d determinants is factored (Cholesky; singular values if rounding has cost
-    positive definiteness).
-
     Parameters
     ----------
-    z : (..., n, d) tokens as rows.
-    eps : coding precision, > 0, in units of the tokens.
+    z : tensor (..., n, d)
+        Tokens as rows.
+    eps : float
+        Coding precision, > 0, in the units of the tokens: the norm of the error allowed per token.
 
     Returns
     -------
-    (...) one rate for each leading batch entry.
+    tensor (...)
+        Rates in nats per token, one for each leading batch entry; float32 for half-precision tokens.
 
     Raises
     ------
     ValueError
-        If eps <= 0 or z has fewer than two dimensions.
+        If eps is not positive, or z is not floating point of shape (..., n, d).
 
-    Book: :ref:`ch-coding-rate`.  The constant follows the rate-reduction literature, d / (n eps^2); some public code
-    passes the square of eps where it writes eps.
+    Notes
+    -----
+    The smaller of the n x n and d x d determinants is factored: by Cholesky, or by QR of the stack
+    :math:`[I;\, \sqrt{d/(n\varepsilon^2)}\, Z^\top]` where forming the square would cost more than about
+    ``CHOLESKY_LIMIT`` nats.  Tokens that are not finite give a rate that is not finite.
+
+    The constant d / (n eps^2) is that of :cite:t:`yu2020learning`; some public code writes ``eps`` for its square.
+
+    Book: :ref:`ch-coding-rate`, :eq:`eq-rate-def`.
     """
     check_eps(eps)
-    if z.ndim < 2:
-        raise ValueError(f"tokens must have shape (..., n, d), got {tuple(z.shape)}")
+    check_tokens(z)
     n, d = z.shape[-2:]
-    return _half_log_det(z, d / (n * eps**2))
+    return _half_log_det(_at_least_single(z), d / (n * eps**2))
 
 
 def coding_rate_grad(z: Tokens, eps: float) -> Tokens:
     r"""Gradient of :func:`coding_rate`, with :math:`\alpha = d/(n\varepsilon^2)`,
 
-    .. math:: \nabla R(Z) = \alpha\, (I + \alpha Z Z^\top)^{-1} Z,
+    .. math:: \nabla R(Z) = \alpha\, (I + \alpha Z Z^\top)^{-1} Z = \alpha\, Z\, (I + \alpha Z^\top Z)^{-1}.
 
-    as rows, shape (..., n, d).  Raises ``ValueError`` as :func:`coding_rate` does.  Book: :ref:`ch-coding-rate`.
-    """
-    check_eps(eps)
-    if z.ndim < 2:
-        raise ValueError(f"tokens must have shape (..., n, d), got {tuple(z.shape)}")
-    n, d = z.shape[-2:]
-    alpha = d / (n * eps**2)
-    return alpha * _shrink(z, alpha)
-
-
-def subspace_coding_rate(z: Tokens, bases: Bases, eps: float) -> Scalars:
-    r"""Coding rate of the tokens against K subspaces, in nats, with :math:`\beta = p/(n\varepsilon^2)`,
-
-    .. math:: R^c(Z \mid U_{[K]}) = \tfrac12 \sum_{k} \log\det\!\big(I + \beta\, (U_k^\top Z)^\top (U_k^\top Z)\big).
-
-    Defined for any bases, orthonormal or not (trained ones are not); the smaller of the n x n and p x p determinants
-    is factored.
+    A singular value s of Z becomes :math:`\alpha s / (1 + \alpha s^2)`.
 
     Parameters
     ----------
-    z : (..., n, d) tokens as rows.
-    bases : (K, d, p).
-    eps : coding precision, > 0.
+    z : tensor (..., n, d)
+        Tokens as rows.
+    eps : float
+        Coding precision, > 0.
+
+    Returns
+    -------
+    tensor (..., n, d)
+        In the dtype of z.
 
     Raises
     ------
     ValueError
-        If eps <= 0 or the bases do not fit the tokens.
+        As :func:`coding_rate`.
 
-    Book: :ref:`ch-coding-rate`.
+    Book: :ref:`ch-coding-rate`, :eq:`eq-rate-grad`, :prf:ref:`thm-rate-grad`.
     """
-    v = head_coordinates(z, bases)
+    check_eps(eps)
+    check_tokens(z)
+    n, d = z.shape[-2:]
+    alpha = d / (n * eps**2)
+    return (alpha * _shrink(_at_least_single(z), alpha)).to(z.dtype)
+
+
+def subspace_coding_rate(z: Tokens, bases: Bases, eps: float) -> Scalars:
+    r"""Coding rate of the tokens against K subspaces, with :math:`\beta = p/(n\varepsilon^2)`,
+
+    .. math:: R^c(Z \mid U_{[K]}) = \tfrac12 \sum_{k} \log\det\!\big(I + \beta\, (U_k^\top Z)^\top (U_k^\top Z)\big).
+
+    Defined for any bases, orthonormal or not (trained ones are not).
+
+    Parameters
+    ----------
+    z : tensor (..., n, d)
+        Tokens as rows.
+    bases : tensor (K, d, p)
+        Bases of the subspaces, of the dtype of z.
+    eps : float
+        Coding precision, > 0, in the units of the tokens.
+
+    Returns
+    -------
+    tensor (...)
+        Rates in nats; float32 for half-precision tokens.
+
+    Raises
+    ------
+    ValueError
+        If eps is not positive or the bases do not fit the tokens.
+
+    Notes
+    -----
+    The smaller of the n x n and p x p determinants is factored, as in :func:`coding_rate`.
+
+    Book: :ref:`ch-coding-rate`, :eq:`eq-rate-subspace`.
+    """
+    v = head_coordinates(_at_least_single(z), _at_least_single(bases))
     return _half_log_det(v, subspace_beta(v.shape[-2], v.shape[-1], eps)).sum(-1)
 
 
 def subspace_coding_rate_grad(z: Tokens, bases: Bases, eps: float) -> Tokens:
     r"""Gradient of :func:`subspace_coding_rate`,
 
-    .. math:: \nabla R^c(Z) = \beta \sum_k U_k\, U_k^\top Z\, \big(I + \beta (U_k^\top Z)^\top (U_k^\top Z)\big)^{-1},
+    .. math:: \nabla R^c(Z) = \beta \sum_k U_k\, U_k^\top Z\, \big(I + \beta (U_k^\top Z)^\top (U_k^\top Z)\big)^{-1}.
 
-    as rows, shape (..., n, d).  Raises ``ValueError`` as :func:`subspace_coding_rate` does.
-    Book: :ref:`ch-coding-rate`.
+    Parameters
+    ----------
+    z : tensor (..., n, d)
+        Tokens as rows.
+    bases : tensor (K, d, p)
+        Bases of the subspaces, orthonormal or not, of the dtype of z.
+    eps : float
+        Coding precision, > 0.
+
+    Returns
+    -------
+    tensor (..., n, d)
+        In the dtype of z.
+
+    Raises
+    ------
+    ValueError
+        As :func:`subspace_coding_rate`.
+
+    Book: :ref:`ch-coding-rate`, :eq:`eq-rate-subspace-grad`, :prf:ref:`thm-rate-grad`.
     """
-    v = head_coordinates(z, bases)
+    bases = _at_least_single(bases)
+    v = head_coordinates(_at_least_single(z), bases)
     beta = subspace_beta(v.shape[-2], v.shape[-1], eps)
-    return beta * (_shrink(v, beta) @ bases.mT).sum(-3)
+    return (beta * (_shrink(v, beta) @ bases.mT).sum(-3)).to(z.dtype)
+
+
+def class_coding_rate(z: Tokens, labels: Labels, eps: float) -> Scalars:
+    r"""Coding rate of the tokens class by class, each class as one Gaussian with a codebook of its own,
+
+    .. math:: R^c(Z \mid \Pi) = \sum_k \frac{n_k}{n}\, R(Z_k)
+              = \sum_k \frac{n_k}{2n} \log\det\!\Big(I + \frac{d}{n_k \varepsilon^2} Z_k Z_k^\top\Big).
+
+    It needs to know which token is of which class; :func:`subspace_coding_rate` does not.
+
+    Parameters
+    ----------
+    z : tensor (..., n, d)
+        Tokens as rows.
+    labels : tensor (n,)
+        Integer class of each token; the same for every batch entry.
+    eps : float
+        Coding precision, > 0.
+
+    Returns
+    -------
+    tensor (...)
+        Rates in nats per token.
+
+    Raises
+    ------
+    ValueError
+        As :func:`coding_rate`, or if there is not one label a token.
+
+    Book: :ref:`ch-coding-rate`, :eq:`eq-rate-class`.  Follows :cite:t:`yu2020learning`.
+    """
+    check_tokens(z)
+    if labels.shape != z.shape[-2:-1]:
+        raise ValueError(f"labels must be ({z.shape[-2]},), one a token, got {tuple(labels.shape)}")
+    members = [z[..., labels == k, :] for k in labels.unique()]
+    return torch.stack([m.shape[-2] / z.shape[-2] * coding_rate(m, eps) for m in members]).sum(0)
 
 
 def rate_reduction(z: Tokens, bases: Bases, eps: float) -> Scalars:
     r"""Rate reduction :math:`\Delta R(Z) = R(Z) - R^c(Z \mid U_{[K]})`, in nats.
 
-    Large when the tokens together span much and each subspace needs little.  Raises ``ValueError`` as
-    :func:`subspace_coding_rate` does.  Book: :ref:`ch-coding-rate`.
+    Large when the tokens together span much and each subspace needs little.  It is blind to which token lies where:
+    replacing the tokens by orthogonal mixtures of each other changes nothing.
+
+    Parameters
+    ----------
+    z : tensor (..., n, d)
+        Tokens as rows.
+    bases : tensor (K, d, p)
+        Bases of the subspaces.
+    eps : float
+        Coding precision, > 0.
+
+    Returns
+    -------
+    tensor (...)
+        Differences in nats, of either sign.
+
+    Raises
+    ------
+    ValueError
+        As :func:`subspace_coding_rate`.
+
+    Book: :ref:`ch-coding-rate`, :prf:ref:`thm-rate-blind`.
     """
     return coding_rate(z, eps) - subspace_coding_rate(z, bases, eps)
 
 
 def sparse_rate_reduction(z: Tokens, bases: Bases, eps: float, lambd: float) -> Scalars:
-    r"""The sparse rate reduction :math:`R(Z) - R^c(Z \mid U_{[K]}) - \lambda \|Z\|_0`.
+    r"""The sparse rate reduction :math:`R(Z) - R^c(Z \mid U_{[K]}) - \lambda \|Z\|_0`, in nats.
 
-    :math:`\|Z\|_0` counts the nonzero entries.  Raises ``ValueError`` as :func:`subspace_coding_rate` does, or if
-    lambd is negative.  Book: :ref:`ch-coding-rate`.
+    :math:`\|Z\|_0` counts the nonzero entries; the count has no gradient.
+
+    Parameters
+    ----------
+    z : tensor (..., n, d)
+        Tokens as rows.
+    bases : tensor (K, d, p)
+        Bases of the subspaces.
+    eps : float
+        Coding precision, > 0.
+    lambd : float
+        Price of a nonzero entry in nats, >= 0.
+
+    Returns
+    -------
+    tensor (...)
+        One value for each leading batch entry.
+
+    Raises
+    ------
+    ValueError
+        As :func:`subspace_coding_rate`, or if lambd is negative.
+
+    Book: :ref:`ch-coding-rate`.  The objective of :cite:t:`yu2023white`.
     """
     if not lambd >= 0:
         raise ValueError(f"lambd must be >= 0, got {lambd}")

@@ -30,6 +30,9 @@ Tokens = Float[Tensor, "*batch n d"]
 TokenVectors = Float[Tensor, "*tokens d"]
 """Vectors in token space with any leading shape, a single vector included."""
 
+TokenMatrix = Float[Tensor, "n d"]
+"""Tokens as rows, without batch dimensions."""
+
 Bases = Float[Tensor, "K d p"]
 """One d x p basis per subspace, columns orthonormal where a function says so."""
 
@@ -53,6 +56,9 @@ PerToken = Float[Tensor, "*tokens"]
 
 Posterior = Float[Tensor, "*tokens K"]
 """Probability of each component given each token."""
+
+SubspaceIndex = Int[Tensor, "*tokens"]
+"""Index of a subspace, for tokens of any leading shape."""
 
 Labels = Int[Tensor, "n"]
 """Component index of each token."""

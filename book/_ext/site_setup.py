@@ -3,6 +3,8 @@
 * Mathematics: MathJax is copied out of the installed package `sphinx-mathjax-offline` into the built site;
   only the part a page can ask for (the component for TeX and MathML input, the TeX extensions that load on
   demand, the WOFF fonts: 2 MB of its 22 MB).
+* Proofs that are folded (`:class: dropdown`): sphinx-proof gives a proof no title, which the fold's script needs,
+  and the same id to every proof of a page.
 * The project's address: when `repository: {url: ...}` of `_config.yml` has one, the repository, edit and issue
   buttons come on. Without one they stay off.
 """
@@ -11,6 +13,7 @@ import shutil
 from importlib.metadata import files
 from pathlib import Path
 
+from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.config import Config
 from sphinx.errors import ExtensionError
@@ -50,10 +53,27 @@ def set_repository_buttons(app: Sphinx, config: Config) -> None:
         options.setdefault(button, bool(options.get("repository_url")))
 
 
+def mend_proofs(app: Sphinx, doctree: nodes.document) -> None:
+    """Give each folded proof a title, and each part of a theorem or proof an id of its own."""
+    del app
+    proofs = [node for node in doctree.findall(nodes.admonition) if "proof" in node["classes"]]
+    for number, proof in enumerate(proofs, start=1):
+        proof["ids"] = [f"proof-{number}"]
+        if "dropdown" in proof["classes"]:
+            first = next(iter(proof.findall(nodes.Text)), None)
+            if first is not None and first.startswith("Proof. "):
+                first.parent.replace(first, nodes.Text(first.removeprefix("Proof. ")))
+            proof.insert(0, nodes.title("", "Proof"))
+    parts = [node for node in doctree.findall(nodes.section) if "proof-content" in node["ids"]]
+    for number, part in enumerate(parts, start=1):
+        part["ids"] = [f"proof-content-{number}"]
+
+
 def setup(app: Sphinx) -> dict[str, object]:
     """Register the extension."""
     app.setup_extension("sphinx.ext.mathjax")
     app.config.mathjax_path = f"mathjax/{MATHJAX_SCRIPT}"
     app.connect("config-inited", set_repository_buttons)
+    app.connect("doctree-read", mend_proofs)
     app.connect("build-finished", copy_mathjax)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

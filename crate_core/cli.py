@@ -1,0 +1,280 @@
+r"""The ``crate`` command: pretrain, evaluate, reconstruct, convert.
+
+What a subcommand needs is imported when it runs.  Bad input ends in one line on stderr and exit code 2, a run that
+failed on its way in exit code 1; neither shows a traceback.
+
+Book: :ref:`ch-first-training`.
+"""
+
+import contextlib
+import io
+import re
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+Command = TypeVar("Command")
+Device = Literal["auto", "cpu", "cuda", "mps"]
+
+USAGE = """usage: crate COMMAND [OPTIONS]
+
+CRATE-MAE: white-box masked autoencoding.
+
+commands:
+  pretrain      train on digits, a folder of images, a torchvision or Hugging Face dataset; or continue a run
+  evaluate      linear probes beside their controls, and reconstruction by masking ratio
+  reconstruct   a picture of masked inputs, reconstructions and originals
+  convert       the authors' mae_crate_* checkpoint to this package's files
+
+crate COMMAND --help lists a command's options.
+
+  crate pretrain --preset digits --output-dir runs/digits
+  crate evaluate --checkpoint runs/digits
+"""
+
+
+class UsageError(ValueError):
+    """Arguments that do not parse."""
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Linear probes of a checkpoint beside their controls, and reconstruction by masking ratio.
+
+    Writes evaluation.json beside the checkpoint and prints it as a table.
+    """
+
+    checkpoint: str
+    """Directory of a saved model (such as a run's output directory), or a Hugging Face Hub id."""
+    data: str | None = None
+    """digits, folder:PATH, torchvision:NAME, hf:NAME-OR-PARQUET-PATH; None takes what the run was trained on."""
+    seeds: int = 5
+    """Probes of each kind; a seed draws the few labels, validation splits and untrained weights."""
+    labels_per_class: int = 5
+    """Labels a class in the column of few labels."""
+    mask_ratios: tuple[float, ...] = (0.25, 0.5, 0.75, 0.875)
+    """Where reconstruction is measured."""
+    device: Device = "auto"
+    """auto takes a GPU when there is one."""
+    workers: int = 0
+    """Processes that read pictures."""
+    output: str | None = None
+    """The JSON file; None writes evaluation.json beside the checkpoint."""
+
+
+@dataclass(frozen=True)
+class Reconstruct:
+    """A picture of masked inputs, reconstructions and originals, as PNG."""
+
+    checkpoint: str
+    """Directory of a saved model, or a Hugging Face Hub id."""
+    images: tuple[str, ...] = ()
+    """Image files; brought to the model's size and channels."""
+    data: str | None = None
+    """Instead of files: held-out pictures of digits, folder:PATH, torchvision:NAME, hf:NAME-OR-PARQUET-PATH."""
+    output: str = "reconstructions.png"
+    """The picture to write."""
+    count: int = 8
+    """How many held-out pictures of --data."""
+    mask_ratio: float = 0.75
+    """Share of patches to remove."""
+    seed: int = 0
+    """Fixes the masks."""
+
+
+@dataclass(frozen=True)
+class Convert:
+    """Convert an authors' mae_crate_* checkpoint to config.json and model.safetensors.
+
+    The file is read without executing anything that it may hold.
+    """
+
+    reference: str
+    """The authors' .pth file."""
+    output_dir: str
+    """Directory to write."""
+    heads: int | None = None
+    """Heads of a size that was not published."""
+
+
+def parse(
+    kind: type[Command],
+    name: str,
+    arguments: Sequence[str],
+    default: Command | None = None,
+    positional: bool = False,
+) -> Command:
+    """Arguments as an instance of a dataclass, through tyro; required ones by position if ``positional``.
+
+    Raises ``UsageError`` in one line where tyro prints a box, ``SystemExit(0)`` after ``--help``.
+    """
+    import tyro
+
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(
+                kind,
+                prog=f"crate {name}",
+                args=list(arguments),
+                config=(tyro.conf.PositionalRequiredArgs,) if positional else (),
+                **({} if default is None else {"default": default}),
+            )
+    except SystemExit as end:
+        if not end.code:
+            raise
+        raise UsageError(box_text(box.getvalue())) from None
+
+
+def box_text(box: str) -> str:
+    """The first paragraph in a box that tyro drew, as one line."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", box)
+    body = [line.strip("│ ") for line in text.splitlines() if line.startswith("│")]
+    paragraph = body[: next((i for i, line in enumerate(body) if set(line) <= {"─"}), len(body))]
+    return " ".join(paragraph) or " ".join(text.split())
+
+
+def option(arguments: Sequence[str], name: str) -> str | None:
+    """The last value of ``--name VALUE`` or ``--name=VALUE``, or ``None``."""
+    found = None
+    for i, argument in enumerate(arguments):
+        if argument == f"--{name}" and i + 1 < len(arguments):
+            found = arguments[i + 1]
+        elif argument.startswith(f"--{name}="):
+            found = argument.partition("=")[2]
+    return found
+
+
+def pick_device(device: str) -> str:
+    """``auto`` as the best device there is; ``ValueError`` if the one asked for is not there."""
+    import torch
+
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if device == "auto":
+        return next(name for name in ("cuda", "mps", "cpu") if available[name])
+    if not available[device]:
+        raise ValueError(f"device={device!r} is not there; this machine has {[n for n, there in available.items() if there]}")
+    return device
+
+
+def run_pretrain(arguments: Sequence[str], command: str) -> None:
+    """``crate pretrain``."""
+    from crate_core.recipes import PretrainConfig
+
+    default = PretrainConfig.from_preset(option(arguments, "preset") or "digits")
+    config = parse(PretrainConfig, "pretrain", arguments, default)
+    from crate_core.train import pretrain
+
+    pretrain(config, command=command)
+
+
+def run_evaluate(arguments: Sequence[str], command: str) -> None:
+    """``crate evaluate``."""
+    options = parse(Evaluate, "evaluate", arguments)
+    from crate_core.evaluate import EVALUATION_FILE, evaluate, save_evaluation, table
+
+    record = evaluate(
+        options.checkpoint,
+        options.data,
+        options.seeds,
+        options.labels_per_class,
+        options.mask_ratios,
+        pick_device(options.device),
+        options.workers,
+        command,
+    )
+    directory = Path(options.checkpoint) if Path(options.checkpoint).is_dir() else Path()
+    path = Path(options.output) if options.output else directory / EVALUATION_FILE
+    save_evaluation(record, path)
+    print("\n".join(table(record)))
+    print(f"saved in {path}")
+
+
+def run_reconstruct(arguments: Sequence[str], command: str) -> None:
+    """``crate reconstruct``."""
+    del command  # the picture has no place for it
+    options = parse(Reconstruct, "reconstruct", arguments)
+    if bool(options.images) == (options.data is not None):
+        raise UsageError("give either --images FILE ... or --data")
+    import math
+
+    from crate_core.data import open_data
+    from crate_core.evaluate import read_pictures
+    from crate_core.model import CrateMAE
+    from crate_core.pictures import save_reconstructions
+    from crate_core.sources import FileImages, ImageSource
+    from crate_core.stream import Stream, mask_noise
+
+    model = CrateMAE.from_pretrained(options.checkpoint)
+    source: ImageSource
+    if options.data is None:
+        missing = [name for name in options.images if not Path(name).is_file()]
+        if missing:
+            raise FileNotFoundError(f"there is no file {missing[0]}")
+        source = FileImages([Path(name) for name in options.images])
+        pictures = read_pictures(source, model.config, len(source))
+    else:
+        source = open_data(options.data).held_out
+        pictures = read_pictures(source, model.config, options.count)
+    noise = mask_noise(options.seed, 0, len(pictures), math.prod(model.config.grid), Stream.EVALUATION_MASK)
+    save_reconstructions(options.output, model, pictures, options.mask_ratio, noise)
+    print(f"{len(pictures)} pictures with {options.mask_ratio:.0%} of the patches removed, saved in {options.output}")
+
+
+def run_convert(arguments: Sequence[str], command: str) -> None:
+    """``crate convert``."""
+    del command  # the weights' origin is the authors' file
+    options = parse(Convert, "convert", arguments, positional=True)
+    from crate_core.model import CrateMAE
+
+    model = CrateMAE.from_reference(options.reference, heads=options.heads)
+    model.save_pretrained(options.output_dir)
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{parameters:,} parameters saved in {options.output_dir}: config.json, model.safetensors")
+
+
+COMMANDS: dict[str, Callable[[Sequence[str], str], None]] = {
+    "pretrain": run_pretrain,
+    "evaluate": run_evaluate,
+    "reconstruct": run_reconstruct,
+    "convert": run_convert,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0 done, 1 failed on its way, 2 bad input, 130 interrupted."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given:
+        return fail(f"crate: give a command: {', '.join(COMMANDS)}; crate --help says more", 2)
+    if given[0] in ("-h", "--help", "help"):
+        print(USAGE, end="")
+        return 0
+    name, rest = given[0], given[1:]
+    if name not in COMMANDS:
+        return fail(f"crate: unknown command {name!r}; accepted are {', '.join(COMMANDS)}", 2)
+    try:
+        COMMANDS[name](rest, shlex.join(["crate", *given]))
+    except SystemExit as end:  # after --help
+        return int(end.code or 0)
+    except KeyboardInterrupt:
+        return fail(f"crate {name}: interrupted; the same command again continues a pretraining run", 130)
+    except ModuleNotFoundError as error:
+        return fail(f"crate {name}: {error}; it comes with the extra: pip install 'crate-core[train]'", 1)
+    except ArithmeticError as error:
+        return fail(f"crate {name}: {error}", 1)
+    except (ValueError, OSError) as error:
+        return fail(f"crate {name}: error: {error}", 1 if type(error).__name__ == "CheckpointError" else 2)
+    return 0
+
+
+def fail(message: Any, code: int) -> int:
+    """One line on stderr; returns the exit code."""
+    print(" ".join(str(message).split()), file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,62 @@
+"""What README tells a newcomer to type works as written."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def code_blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+
+
+def run(arguments: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(arguments, cwd=cwd, capture_output=True, text=True, timeout=600)
+
+
+def test_python_script_runs_as_printed(tmp_path: Path) -> None:
+    (script,) = code_blocks("python")
+    assert len(script.strip().splitlines()) <= 12
+    path = tmp_path / "script.py"
+    path.write_text(script)
+    finished = run([sys.executable, str(path)], tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    assert {file.name for file in (tmp_path / "my-crate").iterdir()} == {"config.json", "model.safetensors"}
+
+
+def test_make_targets_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^make (\w+)", "\n".join(code_blocks("bash")), re.M):
+        assert re.search(rf"^{target}\s*:", makefile, re.M), target
+
+
+def test_crate_commands_run_as_printed(tmp_path: Path) -> None:
+    """The commands themselves, cut to a few steps and seeds: a fresh run, then its evaluation."""
+    pytest.importorskip("sklearn", reason="the [train] extra is not installed")
+    commands = re.findall(r"^(crate .*)$", "\n".join(code_blocks("bash")), re.M)
+    assert [shlex.split(command)[1] for command in commands] == ["pretrain", "evaluate"]
+    shortened = {"pretrain": ["--max-steps", "3"], "evaluate": ["--seeds", "1"]}
+    for command in commands:
+        arguments = shlex.split(command)[1:]
+        finished = run([sys.executable, "-m", "crate_core.cli", *arguments, *shortened[arguments[0]]], tmp_path)
+        assert finished.returncode == 0, finished.stderr
+    assert (tmp_path / "runs" / "digits" / "model.safetensors").is_file()
+
+
+def test_named_files_exist() -> None:
+    for module in set(re.findall(r"`(\w+\.py)`", README)):
+        assert (ROOT / "crate_core" / module).is_file(), module
+    for name in re.findall(r"\((book/_static/[^)]+)\)", README):
+        assert (ROOT / name).is_file(), name
+    for name in ("LICENSE", "LICENSE-CONTENT", "CITATION.cff"):
+        assert (ROOT / name).is_file(), name
+
+
+def test_nothing_is_left_to_fill_in() -> None:
+    assert not re.findall(r"@[A-Z_]+@", README)
