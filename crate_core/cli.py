@@ -1,7 +1,7 @@
 r"""The ``crate`` command: pretrain, evaluate, reconstruct, convert.
 
-What a subcommand needs is imported when it runs.  Bad input ends in one line on stderr and exit code 2, a run that
-failed on its way in exit code 1; neither shows a traceback.
+What a subcommand needs is imported when it runs.  Bad input ends in one line on stderr and exit code 2, a run
+that failed on its way in exit code 1; neither shows a traceback.
 
 Book: :ref:`ch-first-training`.
 """
@@ -50,7 +50,9 @@ class Evaluate:
     checkpoint: str
     """Directory of a saved model (such as a run's output directory), or a Hugging Face Hub id."""
     data: str | None = None
-    """digits, folder:PATH, torchvision:NAME, hf:NAME-OR-PARQUET-PATH; None takes what the run was trained on."""
+    """digits, folder:PATH, torchvision:NAME, hf:NAME-OR-PARQUET-PATH; None takes what the run was trained
+    on.
+    """
     seeds: int = 5
     """Probes of each kind; a seed draws the few labels, validation splits and untrained weights."""
     labels_per_class: int = 5
@@ -74,7 +76,9 @@ class Reconstruct:
     images: tuple[str, ...] = ()
     """Image files; brought to the model's size and channels."""
     data: str | None = None
-    """Instead of files: held-out pictures of digits, folder:PATH, torchvision:NAME, hf:NAME-OR-PARQUET-PATH."""
+    """Instead of files: held-out pictures of digits, folder:PATH, torchvision:NAME,
+    hf:NAME-OR-PARQUET-PATH.
+    """
     output: str = "reconstructions.png"
     """The picture to write."""
     count: int = 8
@@ -93,9 +97,9 @@ class Convert:
     """
 
     reference: str
-    """The authors' .pth file."""
+    """REFERENCE: the authors' .pth file."""
     output_dir: str
-    """Directory to write."""
+    """OUTDIR: directory to write."""
     heads: int | None = None
     """Heads of a size that was not published."""
 
@@ -114,6 +118,7 @@ def parse(
     import tyro
 
     box = io.StringIO()
+    options: dict[str, Any] = {} if default is None else {"default": default}
     try:
         with contextlib.redirect_stderr(box):
             return tyro.cli(
@@ -121,7 +126,7 @@ def parse(
                 prog=f"crate {name}",
                 args=list(arguments),
                 config=(tyro.conf.PositionalRequiredArgs,) if positional else (),
-                **({} if default is None else {"default": default}),
+                **options,
             )
     except SystemExit as end:
         if not end.code:
@@ -156,7 +161,9 @@ def pick_device(device: str) -> str:
     if device == "auto":
         return next(name for name in ("cuda", "mps", "cpu") if available[name])
     if not available[device]:
-        raise ValueError(f"device={device!r} is not there; this machine has {[n for n, there in available.items() if there]}")
+        raise ValueError(
+            f"device={device!r} is not there; this machine has {[n for n, there in available.items() if there]}"
+        )
     return device
 
 
@@ -202,9 +209,8 @@ def run_reconstruct(arguments: Sequence[str], command: str) -> None:
     import math
 
     from crate_core.data import open_data
-    from crate_core.evaluate import read_pictures
     from crate_core.model import CrateMAE
-    from crate_core.pictures import save_reconstructions
+    from crate_core.reconstruction import save_reconstructions, some_pictures
     from crate_core.sources import FileImages, ImageSource
     from crate_core.stream import Stream, mask_noise
 
@@ -215,10 +221,10 @@ def run_reconstruct(arguments: Sequence[str], command: str) -> None:
         if missing:
             raise FileNotFoundError(f"there is no file {missing[0]}")
         source = FileImages([Path(name) for name in options.images])
-        pictures = read_pictures(source, model.config, len(source))
+        pictures = some_pictures(source, model.config, len(source))
     else:
         source = open_data(options.data).held_out
-        pictures = read_pictures(source, model.config, options.count)
+        pictures = some_pictures(source, model.config, options.count)
     noise = mask_noise(options.seed, 0, len(pictures), math.prod(model.config.grid), Stream.EVALUATION_MASK)
     save_reconstructions(options.output, model, pictures, options.mask_ratio, noise)
     print(f"{len(pictures)} pictures with {options.mask_ratio:.0%} of the patches removed, saved in {options.output}")
@@ -245,7 +251,9 @@ COMMANDS: dict[str, Callable[[Sequence[str], str], None]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0 done, 1 failed on its way, 2 bad input, 130 interrupted."""
+    """Run the command line; returns the exit code: 0 done, 1 failed on its way, 2 bad input, 130
+    interrupted.
+    """
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given:
         return fail(f"crate: give a command: {', '.join(COMMANDS)}; crate --help says more", 2)

@@ -57,7 +57,7 @@ class CrateMAEConfig:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
         size = self.image_size
-        sides = (size,) * 2 if isinstance(size, int) else tuple(size) if isinstance(size, tuple | list) else ()
+        sides = (size,) * 2 if isinstance(size, int) else size if isinstance(size, tuple) else ()
         if len(sides) != 2 or not all(isinstance(side, int) for side in sides):
             raise ValueError(f"image_size must be an integer or two (height, width), got {size!r}")
         object.__setattr__(self, "image_size", size if isinstance(size, int) else sides)
@@ -94,7 +94,8 @@ class CrateMAEConfig:
         unknown = sorted(values.keys() - known)
         if unknown:
             raise ValueError(f"unknown configuration fields {unknown}, accepted: {sorted(known)}")
-        return cls(**values)
+        # JSON has lists where the configuration has tuples.
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, ready for JSON."""

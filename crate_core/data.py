@@ -27,7 +27,9 @@ from crate_core.sources import (
 
 @dataclass(eq=False)
 class TableImages(ImageSource):
-    """Rows of a Hugging Face dataset whose ``column`` holds encoded images (struct of ``bytes`` and ``path``)."""
+    """Rows of a Hugging Face dataset whose ``column`` holds encoded images (struct of ``bytes`` and
+    ``path``).
+    """
 
     table: Any
     column: str
@@ -66,9 +68,7 @@ class PairImages(ImageSource):
 
 
 TORCHVISION_PARTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    **dict.fromkeys(
-        ("CIFAR10", "CIFAR100", "MNIST", "FashionMNIST", "KMNIST"), ({"train": True}, {"train": False})
-    ),
+    **dict.fromkeys(("CIFAR10", "CIFAR100", "MNIST", "FashionMNIST", "KMNIST"), ({"train": True}, {"train": False})),
     **dict.fromkeys(("STL10", "SVHN", "Food101", "FGVCAircraft"), ({"split": "train"}, {"split": "test"})),
     "Flowers102": ({"split": "train"}, {"split": "test"}),
     "OxfordIIITPet": ({"split": "trainval"}, {"split": "test"}),
@@ -89,9 +89,7 @@ def torchvision_data(name: str, root: str | Path) -> ImageData:
     import torchvision.datasets
 
     if name not in TORCHVISION_PARTS:
-        raise ValueError(
-            f"torchvision:{name} is not known; accepted are {', '.join(sorted(TORCHVISION_PARTS))}"
-        )
+        raise ValueError(f"torchvision:{name} is not known; accepted are {', '.join(sorted(TORCHVISION_PARTS))}")
     maker = getattr(torchvision.datasets, name)
     parts = []
     for arguments in TORCHVISION_PARTS[name]:
@@ -102,18 +100,15 @@ def torchvision_data(name: str, root: str | Path) -> ImageData:
                 f"torchvision:{name} is not under {root} and was not downloaded: {error}"
             ) from error
         found = next((getattr(pairs, a) for a in ("targets", "labels", "_labels") if hasattr(pairs, a)), None)
-        parts.append(
-            PairImages(pairs, f"torchvision:{name}", None if found is None else np.asarray(found, np.int64))
-        )
+        parts.append(PairImages(pairs, f"torchvision:{name}", None if found is None else np.asarray(found, np.int64)))
     train, held_out = parts
-    description = (
-        f"torchvision:{name}: {len(train):,} to train on, {len(held_out):,} held out (its own parts)"
-    )
+    description = f"torchvision:{name}: {len(train):,} to train on, {len(held_out):,} held out (its own parts)"
     return ImageData(train, held_out, tuple(map(str, getattr(train.pairs, "classes", ()))), description)
 
 
 def parquet_parts(path: Path) -> tuple[list[str], list[str]]:
-    """Parquet files to train on and held-out ones, told apart by ``train`` and ``test`` (``val``) in their names.
+    """Parquet files to train on and held-out ones, told apart by ``train`` and ``test`` (``val``) in their
+    names.
 
     A single file whose name holds ``train`` is joined by the file beside it that holds ``test``, ``val`` or
     ``validation`` instead; the second list is empty when nothing is set apart.
@@ -134,8 +129,8 @@ def parquet_parts(path: Path) -> tuple[list[str], list[str]]:
 def hugging_face(location: str) -> ImageData:
     """A dataset in the Hugging Face image schema: parquet files here, or a name on the Hub.
 
-    The image column is the one of image type (``image``, ``img``, or the only struct of ``bytes`` and ``path``), the
-    label column ``label`` or the only column of class labels; labels may be absent.
+    The image column is the one of image type (``image``, ``img``, or the only struct of ``bytes`` and
+    ``path``), the label column ``label`` or the only column of class labels; labels may be absent.
 
     Raises
     ------
@@ -153,7 +148,7 @@ def hugging_face(location: str) -> ImageData:
         files = {"train": train_files, **({"test": held_out_files} if held_out_files else {})}
         try:
             tables = datasets.load_dataset("parquet", data_files=files)
-        except datasets.exceptions.DatasetGenerationError as error:
+        except (ValueError, datasets.exceptions.DatasetGenerationError) as error:  # pyarrow's errors are ValueErrors
             raise ValueError(f"{origin} is not readable parquet: {error.__cause__ or error}") from error
     elif path.suffix == ".parquet" or path.is_absolute():
         raise FileNotFoundError(f"there is no file {path}")
@@ -161,18 +156,14 @@ def hugging_face(location: str) -> ImageData:
         try:
             tables = datasets.load_dataset(location)
         except (OSError, datasets.exceptions.DatasetNotFoundError) as error:
-            raise FileNotFoundError(
-                f"{origin} is neither a file here nor a dataset the Hub gave: {error}"
-            ) from error
+            raise FileNotFoundError(f"{origin} is neither a file here nor a dataset the Hub gave: {error}") from error
     train_name = "train" if "train" in tables else next(iter(tables))
     train, classes = table_images(tables[train_name], origin)
     held_out_name = next((name for name in ("validation", "val", "test") if name in tables), None)
     if held_out_name in (None, train_name):
         return split_source(train, classes, HELD_OUT, origin)
     held_out, _ = table_images(tables[held_out_name], origin)
-    description = (
-        f"{origin}: {len(train):,} to train on ({train_name}), {len(held_out):,} held out ({held_out_name})"
-    )
+    description = f"{origin}: {len(train):,} to train on ({train_name}), {len(held_out):,} held out ({held_out_name})"
     return ImageData(train, held_out, tuple(classes), description)
 
 
@@ -187,9 +178,7 @@ def table_images(table: Any, origin: str) -> tuple[TableImages, list[str]]:
 
     columns = [name for name, feature in table.features.items() if holds_images(feature)]
     if not columns:
-        raise ValueError(
-            f"{origin} has no image column (struct of bytes and path); its columns: {table.column_names}"
-        )
+        raise ValueError(f"{origin} has no image column (struct of bytes and path); its columns: {table.column_names}")
     typed = [name for name, feature in table.features.items() if isinstance(feature, datasets.ClassLabel)]
     label = "label" if "label" in table.column_names else (typed[0] if len(typed) == 1 else None)
     labels = None if label is None else np.asarray(table.with_format("numpy")[label][:], dtype=np.int64)
@@ -231,6 +220,4 @@ def open_data(spec: str, root: str | Path = "data") -> ImageData:
         if kind == "folder":
             return folder(location)
         return torchvision_data(location, root) if kind == "torchvision" else hugging_face(location)
-    raise ValueError(
-        f"data={spec!r}: accepted are digits, folder:PATH, torchvision:NAME, hf:NAME-OR-PARQUET-PATH"
-    )
+    raise ValueError(f"data={spec!r}: accepted are digits, folder:PATH, torchvision:NAME, hf:NAME-OR-PARQUET-PATH")

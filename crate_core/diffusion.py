@@ -362,9 +362,9 @@ def check_mutually_orthogonal(bases: Bases) -> None:
 def exact_structured_flow(z: Tokens, bases: Bases, eps: float, time: float) -> Tokens:
     r"""The structured diffusion ODE solved in closed form, for mutually orthogonal subspaces.
 
-    With :math:`U_k^\top Z = L_k \mathrm{diag}(s_k) R_k^\top` and :math:`\beta = p / (n \varepsilon^2)`,
+    With :math:`U_k^\top Z = Q_k \mathrm{diag}(s_k) R_k^\top` and :math:`\beta = p / (n \varepsilon^2)`,
 
-    .. math:: Z(t) = \Big(I - \sum_k U_k U_k^\top\Big) Z + \sum_k U_k L_k \,\mathrm{diag}\big(s_k(t)\big) R_k^\top,
+    .. math:: Z(t) = \Big(I - \sum_k U_k U_k^\top\Big) Z + \sum_k U_k Q_k \,\mathrm{diag}\big(s_k(t)\big) R_k^\top,
 
     with s(t) from :func:`flow_singular_values`: singular vectors, and what lies outside all subspaces, do not move.
 
@@ -433,9 +433,9 @@ def invert_euler(z: Tokens, bases: Bases, eps: float, time: float, steps: int) -
 
 
 def round_trip_bound(c: float, steps: int) -> float:
-    r"""Bound on the relative error of S explicit encoder steps followed by S explicit decoder steps,
+    r"""Bound on the relative error of L explicit encoder steps followed by L explicit decoder steps,
 
-    .. math:: \|\hat Z - Z\|_F \le \big((1 - c^2)^{-S} - 1\big)\, \|P Z\|_F, \qquad c = \kappa\beta < 1,
+    .. math:: \|\hat Z - Z\|_F \le \big((1 - c^2)^{-L} - 1\big)\, \|P Z\|_F, \qquad c = \kappa\beta < 1,
 
     for mutually orthogonal subspaces, with P the projection on their sum.
 

@@ -30,7 +30,7 @@ def _maximise(z: Tensor, responsibilities: Tensor, rank: int) -> tuple[LowRankGa
     # A component that owns nothing keeps a vanishing weight: the mixture asks for positive ones.
     counts = responsibilities.sum(0).clamp_min(torch.finfo(z.dtype).eps * n)
     weights = counts / counts.sum()
-    covariance = torch.einsum("nk,ni,nj->kij", responsibilities, z, z) / counts[:, None, None]
+    covariance = (responsibilities.T[:, None, :] * z.T) @ z / counts[:, None, None]  # (K, d, d)
     eigenvalues, vectors = torch.linalg.eigh(covariance)  # ascending
     kept = eigenvalues[:, -rank:].clamp_min(0)
     outside = float((weights[:, None] * eigenvalues[:, :-rank].clamp_min(0)).sum())

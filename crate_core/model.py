@@ -33,7 +33,7 @@ from crate_core.pretrained import (
     save_model,
     unwrap_state_dict,
 )
-from crate_core.shapes import Images, Patches, PatchIndex, PatchMask, PatchNoise, Tokens
+from crate_core.shapes import Images, Patches, PatchMask, PatchNoise, PatchOrder, Tokens
 
 MODEL_TYPE = "crate-mae"
 """What ``config.json`` says under ``model_type``."""
@@ -51,7 +51,7 @@ class CrateMAEOutput:
     """Predicted patches (B, L, P*P*C), in the units of the targets."""
     mask: PatchMask
     """(B, L), 1 where a patch was removed."""
-    ids_restore: PatchIndex
+    ids_restore: PatchOrder
     """(B, L), position of each patch in the order of increasing noise."""
     hidden_states: tuple[Tensor, ...] | None = None
     """Encoder tokens (B, n, d): the embedding, then the output of each layer; when asked for."""
@@ -241,7 +241,7 @@ class CrateMAE(nn.Module):
             return self.positions
         return sincos_positions(self.config.dim, grid, self.config.grid).to(self.positions)
 
-    def with_class_token(self, tokens: Tokens) -> Tokens:
+    def with_class_token(self, tokens: Tokens) -> Tensor:
         """Put the class token first, (B, L, d) to (B, L + 1, d)."""
         return torch.cat([self.class_token.to(tokens.dtype).expand(tokens.shape[0], -1, -1), tokens], dim=1)
 

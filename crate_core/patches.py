@@ -9,7 +9,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from crate_core.shapes import Images, Patches, PatchIndex, PatchMask, PatchNoise, Tokens
+from crate_core.shapes import Images, Patches, PatchIndex, PatchMask, PatchNoise, PatchOrder, Tokens, TokenSubset
 
 TARGET_VARIANCE_FLOOR = 1e-6
 """Added to a patch's variance before dividing by its root; the value that MAE uses."""
@@ -114,7 +114,7 @@ class Masking:
     """A random mask: ``ids_keep`` (B, L_visible), ``ids_restore`` (B, L), ``mask`` (B, L) with 1 where removed."""
 
     ids_keep: PatchIndex
-    ids_restore: PatchIndex
+    ids_restore: PatchOrder
     mask: PatchMask
 
 
@@ -144,12 +144,12 @@ def random_masking(noise: PatchNoise, mask_ratio: float) -> Masking:
     return Masking(ids_shuffle[:, :visible], ids_restore, (ids_restore >= visible).to(noise.dtype))
 
 
-def gather_tokens(tokens: Tokens, ids: PatchIndex) -> Tokens:
+def gather_tokens(tokens: Tokens, ids: PatchIndex) -> TokenSubset:
     """Select tokens by index per image, (B, L, d) and (B, m) to (B, m, d)."""
     return torch.take_along_dim(tokens, ids[..., None], dim=-2)
 
 
-def restore_tokens(visible: Tokens, mask_token: Tensor, ids_restore: PatchIndex) -> Tokens:
+def restore_tokens(visible: TokenSubset, mask_token: Tensor, ids_restore: PatchOrder) -> Tokens:
     r"""Put visible tokens back in place and the mask token everywhere else, (B, L_visible, d) to (B, L, d).
 
     Book: :ref:`ch-crate-mae`.

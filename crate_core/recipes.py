@@ -1,8 +1,10 @@
-r"""What a pretraining run is: one frozen, validated record, its presets, and the loss each preset should reach.
+r"""What a pretraining run is: one frozen, validated record, its presets, and the loss each preset should
+reach.
 
-The recipe is that of MAE (He et al., 2022): AdamW with betas (0.9, 0.95), peak learning rate ``lr * batch_size / 256``,
-warm-up over 40 of 800 epochs and a half cosine to zero, weight decay 0.05 except on biases and norms, masking ratio
-0.75.  The authors of CRATE-MAE publish no pretraining code; where a preset departs from MAE its docstring says so.
+The recipe is that of MAE (He et al., 2022): AdamW with betas (0.9, 0.95), peak learning rate ``lr *
+batch_size / 256``, warm-up over 40 of 800 epochs and a half cosine to zero, weight decay 0.05 except on
+biases and norms, masking ratio 0.75.  The authors of CRATE-MAE publish no pretraining code; where a preset
+departs from MAE its docstring says so.
 
 Book: :ref:`ch-first-training`.
 """
@@ -11,7 +13,9 @@ import math
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
-from crate_core.model import CrateMAEConfig
+from torch import nn
+
+from crate_core.config import CrateMAEConfig
 
 Augmentation = Literal["none", "crop_flip"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
@@ -19,6 +23,12 @@ Precision = Literal["fp32", "bf16", "fp16"]
 
 OPERATIONAL = frozenset({"output_dir", "max_steps", "checkpoint_every", "workers", "device", "data_root"})
 """Fields that may change when a run is continued: where, how far and how fast, not what."""
+
+
+def image_size(model: CrateMAEConfig) -> tuple[int, int]:
+    """Height and width that a model's pictures are brought to."""
+    size = model.image_size
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 @dataclass(frozen=True)
@@ -125,12 +135,6 @@ class PretrainConfig:
         """Learning rate at the end of warm-up, ``lr * batch_size / 256``."""
         return self.lr * self.batch_size / 256
 
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """Height and width that pictures are brought to."""
-        size = self.model.image_size
-        return (size, size) if isinstance(size, int) else (size[0], size[1])
-
     def to_dict(self) -> dict[str, Any]:
         """All fields, ready for JSON."""
         return {**asdict(self), "model": self.model.to_dict()}
@@ -151,17 +155,49 @@ class PretrainConfig:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in flat.items()}
 
 
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW's groups: decay for matrices (and the two tokens, as in MAE), none for biases, norms and other
+    vectors.
+    """
+    decayed = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
+    others = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+
 @dataclass(frozen=True)
 class Preset:
     """Fields of a recipe, what it costs, and the final training loss that is normal for it.
 
-    ``loss`` is a range measured over seeds (mean over the last epoch, in model units), or ``None`` where no run was
-    made; ``cost`` says on what and how long.
+    ``loss`` is a range measured over seeds (mean over the last epoch, in model units), or ``None`` where no
+    run was made; ``cost`` says on what and how long.
     """
 
     fields: dict[str, Any]
     cost: str
     loss: tuple[float, float] | None = None
+
+
+def learning_rate(step: int, config: PretrainConfig, pictures: int) -> float:
+    r"""Learning rate of a step (counted from 0), linear warm-up and half a cosine,
+
+    .. math:: \eta(e) = \eta_{\max} \begin{cases} e / w & e < w \\
+              \tfrac12 \big(1 + \cos \pi \tfrac{e - w}{E - w}\big) & e \ge w \end{cases}, \qquad e = tB/n,
+
+    with w warm-up epochs, E epochs, batch size B and n ``pictures``; zero from epoch E on.
+
+    Book: :ref:`ch-first-training`.  MAE's schedule, which also changes every step.
+    """
+    epoch = step * config.batch_size / pictures
+    if epoch < config.warmup_epochs:
+        return config.peak_lr * epoch / config.warmup_epochs
+    progress = (epoch - config.warmup_epochs) / (config.epochs - config.warmup_epochs)
+    return config.peak_lr * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def total_steps(config: PretrainConfig, pictures: int) -> int:
+    """Steps of a run: ``epochs`` passes over the pictures, rounded up, or ``max_steps`` if that is fewer."""
+    steps = math.ceil(config.epochs * pictures / config.batch_size)
+    return steps if config.max_steps is None else min(steps, config.max_steps)
 
 
 PRESETS: dict[str, Preset] = {
@@ -172,7 +208,7 @@ PRESETS: dict[str, Preset] = {
             "epochs": 300.0,
             "warmup_epochs": 15.0,
             "batch_size": 128,
-            "lr": 3e-3,
+            "lr": 6e-3,
             "augmentation": "none",
             "checkpoint_every": 500,
         },
@@ -200,7 +236,16 @@ PRESETS: dict[str, Preset] = {
 }
 """Recipes by name.
 
-``digits``: scikit-learn's digits, no augmentation, a higher learning rate than MAE's for a model of this size.
-``cifar10``: MAE's recipe with the batch of one small GPU.  ``imagenet-small`` and ``imagenet-base``: MAE's recipe for
-the published sizes.
+``digits``: scikit-learn's digits, no augmentation, a higher learning rate than MAE's for a model of this
+size. ``cifar10``: MAE's recipe with the batch of one small GPU.  ``imagenet-small`` and ``imagenet-base``:
+MAE's recipe for the published sizes.
 """
+
+
+def expected_range(config: PretrainConfig, steps: int, pictures: int) -> tuple[float, float] | None:
+    """The final training loss that is normal for a preset, if the run is that preset but for its seed, else
+    ``None``.
+    """
+    preset = PretrainConfig.from_preset(config.preset, seed=config.seed)
+    whole = steps == total_steps(preset, pictures)
+    return PRESETS[config.preset].loss if whole and preset.identity() == config.identity() else None

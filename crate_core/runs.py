@@ -13,6 +13,7 @@ Book: :ref:`ch-first-training`.
 import importlib.metadata
 import json
 import os
+import pickle
 import platform
 import re
 import shutil
@@ -28,6 +29,7 @@ from safetensors import SafetensorError
 
 from crate_core.model import CrateMAE
 from crate_core.pretrained import CONFIG_FILE, WEIGHTS_FILE, StateDict, atomic_write, load_weights
+from crate_core.reconstruction import TrivialLoss
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
@@ -50,7 +52,9 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def git_commit() -> str:
-    """Commit of the checkout that this package runs from, ``+changes`` if it was edited, else ``"uncommitted"``."""
+    """Commit of the checkout that this package runs from, ``+changes`` if it was edited, else
+    ``"uncommitted"``.
+    """
     root = Path(__file__).resolve().parent.parent
 
     def git(*arguments: str) -> str:
@@ -63,7 +67,9 @@ def git_commit() -> str:
 
 
 def provenance(command: str, device: str) -> dict[str, Any]:
-    """Where a number comes from: command, commit, device, versions, time (UTC).  Names no machine and no path."""
+    """Where a number comes from: command, commit, device, versions, time (UTC).  Names no machine and no
+    path.
+    """
 
     def version(package: str) -> str:
         try:
@@ -102,8 +108,13 @@ class Checkpoint:
         return load_weights(self.path / WEIGHTS_FILE)
 
     def optimizer(self) -> dict[str, Any]:
-        """States of optimizer and loss scaler, read with ``weights_only=True``."""
-        return torch.load(self.path / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
+        """States of optimizer and loss scaler.  ``ValueError`` for a file that ``weights_only=True`` refuses."""
+        try:
+            return torch.load(self.path / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            raise ValueError(
+                f"{self.path / OPTIMIZER_FILE} was refused (read with weights_only=True): {error}"
+            ) from error
 
 
 def sync(path: Path) -> None:
@@ -124,7 +135,8 @@ class RunDirectory:
         self.metrics = self.path / METRICS_FILE
 
     def claim(self, identity: Mapping[str, Any], config: Mapping[str, Any], start: Mapping[str, Any]) -> None:
-        """Make the directory this run's, or check that it is; ``start`` is added to the starts in ``run.json``.
+        """Make the directory this run's, or check that it is; ``start`` is added to the starts in
+        ``run.json``.
 
         Parameters
         ----------
@@ -135,8 +147,8 @@ class RunDirectory:
         Raises
         ------
         ValueError
-            If another run owns the directory (the differing fields are named) or it holds files of something else.
-            Nothing is written then.
+            If another run owns the directory (the differing fields are named) or it holds files of something
+            else. Nothing is written then.
         """
         record = self.path / RUN_FILE
         starts: list[Any] = []
@@ -173,15 +185,15 @@ class RunDirectory:
         if not self.checkpoints.is_dir():
             return None
         for path in sorted(self.checkpoints.glob("step-*"), reverse=True):
-            if re.fullmatch(r"step-\d+", path.name) and CHECKPOINT_FILES <= {file.name for file in path.iterdir()}:
+            if re.fullmatch(r"step-\d+", path.name) and {file.name for file in path.iterdir()} >= CHECKPOINT_FILES:
                 return Checkpoint(path, int(path.name[5:]), json.loads((path / PROGRESS_FILE).read_text()))
         return None
 
     def save(self, step: int, model: CrateMAE, optimizer: Mapping[str, Any], progress: Mapping[str, Any]) -> Checkpoint:
         """Write the checkpoint of ``step``, then remove older ones.
 
-        All files are written to a hidden directory and flushed to disk before it gets its name, so that a checkpoint
-        with a name is whole and the previous one stays until then.
+        All files are written to a hidden directory and flushed to disk before it gets its name, so that a
+        checkpoint with a name is whole and the previous one stays until then.
 
         Raises
         ------
@@ -236,3 +248,59 @@ class RunDirectory:
         """What a finished run wrote, or ``None``."""
         path = self.path / SUMMARY_FILE
         return json.loads(path.read_text()) if path.is_file() else None
+
+
+@dataclass(frozen=True)
+class PretrainResult:
+    """How a run ended; losses are means over removed patches, in model units.
+
+    ``train_loss`` is the mean over the last epoch's steps, ``held_out_loss`` that of held-out pictures under
+    fixed masks; ``expected`` the range of ``train_loss`` that is normal for an unchanged preset, else
+    ``None``.
+    """
+
+    output_dir: Path
+    steps: int
+    train_loss: float
+    held_out_loss: float
+    trivial: TrivialLoss
+    expected: tuple[float, float] | None
+    unreadable: int
+
+
+def result_of(run: RunDirectory) -> PretrainResult:
+    """The result that a finished run wrote; ``ValueError`` if it is not finished."""
+    summary = run.summary()
+    if summary is None:
+        raise ValueError(f"{run.path} holds no {SUMMARY_FILE}: the run is not finished")
+    expected = summary["expected_train_loss"]
+    return PretrainResult(
+        run.path,
+        summary["steps"],
+        summary["train_loss"],
+        summary["held_out_loss"],
+        TrivialLoss(**summary["trivial_loss"]),
+        None if expected is None else (expected[0], expected[1]),
+        summary["unreadable"],
+    )
+
+
+def describe(result: PretrainResult) -> list[str]:
+    """A result in lines: losses, what is normal, where things are."""
+    normal = (
+        "no range was measured for a changed recipe"
+        if result.expected is None
+        else f"normal for this preset: {result.expected[0]:.3f} to {result.expected[1]:.3f}"
+    )
+    lines = [
+        f"training loss, last epoch  {result.train_loss:.4f}   ({normal})",
+        f"held-out loss              {result.held_out_loss:.4f}",
+        f"trivial loss               {result.trivial.mean_picture:.4f} predicting the mean picture, "
+        f"{result.trivial.mean_patch:.4f} the mean patch",
+    ]
+    if result.unreadable:
+        lines.append(f"unreadable pictures        {result.unreadable}, named above, replaced by others")
+    lines.append(
+        f"saved in {result.output_dir}: model.safetensors, config.json, run.json, metrics.jsonl, {PICTURES_FILE}"
+    )
+    return lines

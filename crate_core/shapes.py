@@ -27,6 +27,9 @@ from torch import Tensor
 Tokens = Float[Tensor, "*batch n d"]
 """Tokens as rows; any leading batch dimensions."""
 
+TokenSubset = Float[Tensor, "*batch n_sub d"]
+"""Some of the tokens, where all of them are there too."""
+
 TokenVectors = Float[Tensor, "*tokens d"]
 """Vectors in token space with any leading shape, a single vector included."""
 
@@ -76,7 +79,10 @@ PatchNoise = Float[Tensor, "B L"]
 """Uniform noise that fixes a mask: the patches with the lowest values stay visible."""
 
 PatchIndex = Int[Tensor, "B L_sub"]
-"""Patch indices, per image."""
+"""Some patch indices, per image."""
+
+PatchOrder = Int[Tensor, "B L"]
+"""One index for each patch, per image."""
 
 PatchFlags = Bool[Tensor, "B L"]
 """A yes/no per patch."""

@@ -1,8 +1,8 @@
 r"""Numbered pictures in memory and in files, and how a part of them is held out.
 
-A picture is a PIL image or a float tensor (C, H, W) in [0, 1]; sizes, channels and augmentation are the business of
-:mod:`crate_core.stream`.  Every source is split once into a training part and a held-out part by a rule that does not
-depend on the run's seed, so that evaluation never sees a picture that pretraining saw.
+A picture is a PIL image or a float tensor (C, H, W) in [0, 1]; sizes, channels and augmentation are the
+business of :mod:`crate_core.stream`.  Every source is split once into a training part and a held-out part by
+a rule that does not depend on the run's seed, so that evaluation never sees a picture that pretraining saw.
 
 Book: :ref:`ch-first-training`.
 """
@@ -26,7 +26,7 @@ SPLIT_SEED = 0
 """Seed of the held-out split; fixed, whatever the run's seed."""
 
 DIGITS_HELD_OUT = 0.2
-"""Share of scikit-learn's digits that is held out: 360 of 1,797."""
+"""Share of scikit-learn's digits that is held out: 359 of 1,797, as each class is rounded."""
 
 HELD_OUT = 0.1
 """Share that is held out of a source without a test or validation part of its own."""
@@ -137,8 +137,9 @@ class SelectedImages(ImageSource):
 class ImageData:
     """A source in two parts that share no picture.
 
-    ``train`` is what pretraining and probes fit on, ``held_out`` what neither sees; ``classes`` are the names of the
-    labels, empty where there are none; ``description`` says in words what was found and how it was split.
+    ``train`` is what pretraining and probes fit on, ``held_out`` what neither sees; ``classes`` are the names
+    of the labels, empty where there are none; ``description`` says in words what was found and how it was
+    split.
     """
 
     train: ImageSource
@@ -148,21 +149,21 @@ class ImageData:
 
 
 def open_picture(file: str | Path | io.BytesIO) -> Image.Image:
-    """Decode a picture whole.  Sixteen-bit grey is brought to eight bits, which Pillow's own conversion would clip."""
+    """Decode a picture whole.  Sixteen-bit grey is brought to eight bits, which Pillow's own conversion would
+    clip.
+    """
     with Image.open(file) as image:
         image.load()
     if image.mode.startswith("I;16") or image.mode == "I":
-        return Image.fromarray(
-            (np.asarray(image, dtype=np.float64) / 257.0).round().clip(0, 255).astype(np.uint8)
-        )
+        return Image.fromarray((np.asarray(image, dtype=np.float64) / 257.0).round().clip(0, 255).astype(np.uint8))
     return image
 
 
 def held_out_split(labels: np.ndarray | None, count: int, share: float) -> tuple[np.ndarray, np.ndarray]:
     r"""Indices of a training and a held-out part, each sorted.
 
-    With labels every class gives ``round(share * n_class)`` pictures, at least one of a class that has two; without,
-    ``round(share * count)`` of all.  Drawn with ``SPLIT_SEED``.
+    With labels every class gives ``round(share * n_class)`` pictures, at least one of a class that has two;
+    without, ``round(share * count)`` of all.  Drawn with ``SPLIT_SEED``.
 
     Parameters
     ----------
@@ -180,14 +181,8 @@ def held_out_split(labels: np.ndarray | None, count: int, share: float) -> tuple
     if count < 2:
         raise ValueError(f"a training and a held-out part need at least two pictures, got {count}")
     generator = np.random.default_rng(SPLIT_SEED)
-    groups = (
-        [np.arange(count)] if labels is None else [np.flatnonzero(labels == k) for k in np.unique(labels)]
-    )
-    held_out = [
-        generator.permutation(group)[: max(1, round(share * len(group)))]
-        for group in groups
-        if len(group) > 1
-    ]
+    groups = [np.arange(count)] if labels is None else [np.flatnonzero(labels == k) for k in np.unique(labels)]
+    held_out = [generator.permutation(group)[: max(1, round(share * len(group)))] for group in groups if len(group) > 1]
     if not held_out:
         raise ValueError("no class has two pictures: none can be held out")
     chosen = np.sort(np.concatenate(held_out))
@@ -207,13 +202,13 @@ def split_source(source: ImageSource, classes: Iterable[str], share: float, what
 
 
 def digits() -> ImageData:
-    """The 1,797 handwritten digits (8 x 8 pixels, grey) that scikit-learn ships; 1,437 to train on, 360 held out."""
+    """The 1,797 handwritten digits (8 x 8 pixels, grey) that scikit-learn ships; 1,438 to train on, 359 held
+    out.
+    """
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
-    source = ArrayImages(
-        torch.from_numpy(bunch.images / 16.0).float().unsqueeze(1), bunch.target.astype(np.int64)
-    )
+    source = ArrayImages(torch.from_numpy(bunch.images / 16.0).float().unsqueeze(1), bunch.target.astype(np.int64))
     return split_source(source, map(str, range(10)), DIGITS_HELD_OUT, "scikit-learn's digits")
 
 
@@ -244,13 +239,11 @@ def class_folders(directory: Path) -> tuple[FileImages, list[str]]:
     loose = [path for path in image_files(directory) if path.parent == directory]
     if not by_class and not loose:
         found = "is empty" if not any(directory.iterdir()) else "holds no image file"
-        raise ValueError(
-            f"the folder {directory} {found}; accepted are files named *{', *'.join(IMAGE_EXTENSIONS)}"
-        )
+        raise ValueError(f"the folder {directory} {found}; accepted are files named *{', *'.join(IMAGE_EXTENSIONS)}")
     if by_class and loose:
         raise ValueError(
-            f"the folder {directory} holds {len(loose)} images beside its class folders ({', '.join(list(by_class)[:3])},"
-            f" ...); accepted are class folders, or images only"
+            f"the folder {directory} holds {len(loose)} images, such as {loose[0].name}, beside class folders of "
+            f"images, such as {next(iter(by_class))}/; accepted are class folders, or images only"
         )
     if loose:
         return FileImages(loose), []
@@ -259,7 +252,8 @@ def class_folders(directory: Path) -> tuple[FileImages, list[str]]:
 
 
 def folder(path: str | Path) -> ImageData:
-    """Images in a folder: class folders with or without ``train/`` and ``val/`` (or ``test/``), or images only.
+    """Images in a folder: class folders with or without ``train/`` and ``val/`` (or ``test/``), or images
+    only.
 
     Without ``val/`` or ``test/`` a tenth of each class (of all, without classes) is held out.
 
@@ -268,8 +262,8 @@ def folder(path: str | Path) -> ImageData:
     FileNotFoundError
         If there is no such folder.
     ValueError
-        If it is empty or holds no images (the message names the accepted extensions), or the classes of its parts
-        differ.
+        If it is empty or holds no images (the message names the accepted extensions), or the classes of its
+        parts differ.
 
     Book: :ref:`ch-first-training`.
     """
@@ -289,7 +283,5 @@ def folder(path: str | Path) -> ImageData:
     if classes != held_out_classes:
         odd = sorted(set(classes) ^ set(held_out_classes))
         raise ValueError(f"train/ and {part}/ of {root} have different class folders: {', '.join(odd[:5])}")
-    description = (
-        f"folder {root}: {len(source):,} in train/ to train on, {len(held_out):,} held out in {part}/"
-    )
+    description = f"folder {root}: {len(source):,} in train/ to train on, {len(held_out):,} held out in {part}/"
     return ImageData(source, held_out, tuple(classes), description)

@@ -6,16 +6,17 @@ Training reads one endless row of epochs, each a permutation of the pictures,
           \text{picture} = \pi_{\text{epoch}}(q \bmod n),
 
 for batch entry b of step t, batch size B and n pictures.  The permutation is a function of (seed, epoch), the
-augmentation of (seed, epoch, picture), the mask of (seed, step): no global random state, so that a run that was cut off
-goes on exactly, whatever the number of loader processes or devices.
+augmentation of (seed, epoch, picture), the mask of (seed, step): no global random state, so that a run that
+was cut off goes on exactly, whatever the number of loader processes or devices.
 
 Book: :ref:`ch-first-training`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,10 +58,10 @@ def random_generator(*numbers: int) -> torch.Generator:
     return torch.Generator().manual_seed(random_key(*numbers))
 
 
-def mask_noise(
-    seed: int, step: int, batch_size: int, length: int, stream: Stream = Stream.MASK
-) -> PatchNoise:
-    """Uniform noise (batch_size, length) in [0, 1) that fixes the masks of one step: a function of (seed, step)."""
+def mask_noise(seed: int, step: int, batch_size: int, length: int, stream: Stream = Stream.MASK) -> PatchNoise:
+    """Uniform noise (batch_size, length) in [0, 1) that fixes the masks of one step: a function of (seed,
+    step).
+    """
     return torch.rand(batch_size, length, generator=random_generator(seed, stream, step))
 
 
@@ -106,23 +107,24 @@ def prepare(picture: Picture, size: Size, channels: int) -> Tensor:
 
 
 def augmented(picture: Picture, size: Size, channels: int, key: int) -> Tensor:
-    """Random resized crop (area 0.2 to 1, bicubic) and horizontal flip, a function of ``key`` alone; then a tensor.
+    """Random resized crop (area 0.2 to 1, bicubic) and horizontal flip, a function of ``key`` alone; then a
+    tensor.
 
-    The two transforms of MAE's pretraining, from torchvision, which draw from torch's global generator: its state is
-    put aside and back.
+    The two transforms of MAE's pretraining, from torchvision, which draw from torch's global generator: its
+    state is put aside and back.
     """
     picture = in_mode(picture, channels)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(key)
-        cropped = RandomResizedCrop(
-            size, CROP_SCALE, interpolation=InterpolationMode.BICUBIC, antialias=True
-        )(picture)
+        cropped = RandomResizedCrop(size, CROP_SCALE, interpolation=InterpolationMode.BICUBIC, antialias=True)(picture)
         flipped = RandomHorizontalFlip()(cropped)
     return to_tensor(flipped, channels).clamp(0, 1)
 
 
 class EpochOrder:
-    """Where position q of the endless stream points: (epoch, picture), with one permutation per (seed, epoch)."""
+    """Where position q of the endless stream points: (epoch, picture), with one permutation per (seed,
+    epoch).
+    """
 
     def __init__(self, count: int, seed: int) -> None:
         self.count, self.seed = count, seed
@@ -137,7 +139,8 @@ class EpochOrder:
 
 
 class StepBatches(Sampler[list[tuple[int, int]]]):
-    """For each step from ``start`` to ``stop``, this process's share of the global batch as (epoch, picture) pairs.
+    """For each step from ``start`` to ``stop``, this process's share of the global batch as (epoch, picture)
+    pairs.
 
     Parameters
     ----------
@@ -164,9 +167,7 @@ class StepBatches(Sampler[list[tuple[int, int]]]):
         processes: int = 1,
     ) -> None:
         if batch_size % processes:
-            raise ValueError(
-                f"batch_size={batch_size} must be a multiple of the number of processes, {processes}"
-            )
+            raise ValueError(f"batch_size={batch_size} must be a multiple of the number of processes, {processes}")
         self.order, self.batch_size = EpochOrder(count, seed), batch_size
         self.start, self.stop = start, stop
         self.rows = local_rows(batch_size, process, processes)
@@ -188,7 +189,8 @@ def local_rows(batch_size: int, process: int, processes: int) -> slice:
 
 @dataclass(frozen=True)
 class Batch:
-    """``images`` (b, C, H, W) in [0, 1], ``indices`` (b,) of the pictures, and (index, message) of unreadable ones.
+    """``images`` (b, C, H, W) in [0, 1], ``indices`` (b,) of the pictures, and (index, message) of unreadable
+    ones.
 
     ``complete`` is false if a picture and all its substitutes were unreadable; its row is zero then.
     """
@@ -206,13 +208,11 @@ class Batch:
 class TrainingPictures(Dataset[Batch]):
     """Batches of training pictures, asked for by lists of (epoch, picture) from :class:`StepBatches`.
 
-    A picture that cannot be read is replaced by another, drawn as a function of (seed, picture), and reported in
-    ``Batch.unreadable``.
+    A picture that cannot be read is replaced by another, drawn as a function of (seed, picture), and reported
+    in ``Batch.unreadable``.
     """
 
-    def __init__(
-        self, source: ImageSource, size: Size, channels: int, augmentation: Augmentation, seed: int
-    ) -> None:
+    def __init__(self, source: ImageSource, size: Size, channels: int, augmentation: Augmentation, seed: int) -> None:
         self.source, self.size, self.channels = source, size, channels
         self.augmentation, self.seed = augmentation, seed
 
@@ -244,9 +244,7 @@ class TrainingPictures(Dataset[Batch]):
         """The picture as epoch ``epoch`` sees it."""
         if self.augmentation == "none":
             return prepare(picture, self.size, self.channels)
-        return augmented(
-            picture, self.size, self.channels, random_key(self.seed, Stream.AUGMENT, epoch, index)
-        )
+        return augmented(picture, self.size, self.channels, random_key(self.seed, Stream.AUGMENT, epoch, index))
 
 
 class HeldOutPictures(Dataset[Batch]):
@@ -274,12 +272,12 @@ class HeldOutPictures(Dataset[Batch]):
         return Batch(stacked, torch.tensor(indices, dtype=torch.int64), tuple(unreadable))
 
 
-def as_is(batch: Batch) -> Batch:
+def as_is(batch: Any) -> Any:
     """Collation for datasets that return whole batches."""
     return batch
 
 
-def loader(dataset: Dataset[Batch], batches: Sampler, workers: int, pin: bool = False) -> DataLoader:
+def loader(dataset: Dataset[Batch], batches: Iterable[list[Any]], workers: int, pin: bool = False) -> DataLoader:
     """A ``DataLoader`` over whole batches; the batches do not depend on ``workers``."""
     return DataLoader(
         dataset,
@@ -294,9 +292,11 @@ def loader(dataset: Dataset[Batch], batches: Sampler, workers: int, pin: bool = 
 def evaluation_batches(
     source: ImageSource, size: Size, channels: int, batch_size: int = 256, workers: int = 0
 ) -> Iterator[Batch]:
-    """All pictures of a source in order, as :func:`prepare` leaves them, in batches of at most ``batch_size``."""
+    """All pictures of a source in order, as :func:`prepare` leaves them, in batches of at most
+    ``batch_size``.
+    """
     rows = [list(range(i, min(i + batch_size, len(source)))) for i in range(0, len(source), batch_size)]
-    yield from loader(HeldOutPictures(source, size, channels), rows, workers)  # type: ignore[arg-type]
+    yield from loader(HeldOutPictures(source, size, channels), rows, workers)
 
 
 @dataclass

@@ -16,15 +16,15 @@ unknown kind, a claim whose box is not among its page's outputs, and a test that
 are repeated in every build until they are mended. `{ref}` works with a claim's label, given a text.
 """
 
-import ast
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 
-from depcache import code_cells, is_notebook
+from claims import KINDS, Claim, check_claim, read_claims
+from depcache import is_notebook
 from docutils import nodes
 from docutils.parsers.rst import directives
 from sphinx.application import Sphinx
@@ -33,97 +33,6 @@ from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective
 
 logger = logging.getLogger(__name__)
-
-KINDS = {
-    "proved": "a theorem with its proof stands in the page; the cell checks it on numbers",
-    "symbolic": "computer algebra shows it exactly",
-    "numerical": "a cell or a test checks it, on the cases named",
-    "counterexample": "something commonly said fails; the cell shows the case",
-    "small scale": "reproduced here with a small model on small data",
-    "not reproduced": "not checked here; the entry says what it would take",
-}
-TEXTS = ("label", "statement", "conditions", "kind", "evidence")
-
-
-@dataclass(frozen=True)
-class Claim:
-    """One claim: what is said, when it holds, how it is known, and where it stands."""
-
-    label: str
-    statement: str
-    conditions: str
-    kind: str
-    evidence: str
-    docname: str
-    test: str = ""
-
-
-def claim_calls(code: str) -> Iterator[ast.Call]:
-    """The calls of `claim` (or `companion.claim`) in a piece of code, in the order of the text."""
-    calls = [
-        node
-        for node in ast.walk(ast.parse(code))
-        if isinstance(node, ast.Call)
-        and (getattr(node.func, "id", None) == "claim" or getattr(node.func, "attr", None) == "claim")
-    ]
-    yield from sorted(calls, key=lambda call: (call.lineno, call.col_offset))
-
-
-def read_claims(text: str, docname: str) -> tuple[list[Claim], list[str]]:
-    """The claims that the code cells of a page make, and what is wrong with how they are written."""
-    claims, problems = [], []
-    for index, code in code_cells(text):
-        try:
-            calls = list(claim_calls(code))
-        except SyntaxError:
-            continue  # the cell fails when it executes, and that fails the build
-        for call in calls:
-            given = dict(zip(TEXTS, call.args, strict=False))
-            given |= {keyword.arg: keyword.value for keyword in call.keywords if keyword.arg in TEXTS}
-            values: dict[str, str] = {}
-            for name in TEXTS:
-                node = given.get(name)
-                if not (isinstance(node, ast.Constant) and isinstance(node.value, str)):
-                    problems.append(f"cell {index}: claim(...): {name} must be given as a literal string")
-                else:
-                    values[name] = node.value
-            if len(values) == len(TEXTS):
-                claims.append(Claim(docname=docname, **values))
-    return claims, problems
-
-
-def check_claim(claim: Claim, boxes: Counter[str], root: Path) -> list[str]:
-    """What is wrong with a claim: its kind, its box in the executed page, its test."""
-    problems = []
-    if claim.kind not in KINDS:
-        problems.append(f"{claim.label}: unknown kind {claim.kind!r}, not one of {', '.join(KINDS)}")
-    if not re.fullmatch(r"clm-[a-z0-9-]+", claim.label):
-        problems.append(f"{claim.label}: a label is clm-<chapter>-<what>, in small letters, digits and hyphens")
-    if claim.test:
-        if not test_exists(claim.test, root):
-            problems.append(f"{claim.label}: there is no test {claim.test}")
-    elif boxes[claim.label] != 1:
-        problems.append(
-            f"{claim.label}: its box is {boxes[claim.label]} times among the outputs of the page, not once: "
-            "the cell did not run to it, ran it in a loop, or hides its output"
-        )
-    return problems
-
-
-def test_exists(test: str, root: Path) -> bool:
-    """Whether `tests/test_x.py::test_y` (or `::TestX::test_y`) names a test function."""
-    path, *names = test.split("::")
-    if not names or not (root / path).is_file():
-        return False
-    body: list[ast.stmt] = ast.parse((root / path).read_text(encoding="utf8")).body
-    for name in names:
-        found = [node for node in body if getattr(node, "name", None) == name]
-        if not found:
-            return False
-        node = found[0]
-        body = node.body if isinstance(node, ast.ClassDef) else []
-    return isinstance(node, ast.FunctionDef) and node.name.startswith("test")
-
 
 def inline_nodes(text: str) -> list[nodes.Node]:
     """Text with TeX between dollar signs and code between back quotes, as document nodes."""
@@ -301,8 +210,8 @@ def ledger_nodes(app: Sphinx, claims: list[Claim], docname: str) -> list[nodes.N
         ]
         for kind, meaning in KINDS.items()
     ]
-    total = nodes.paragraph("", "", nodes.strong("", f"{len(claims)} claims"), classes=["ledger-total"])
-    total += nodes.Text(f" in {len({claim.docname for claim in claims})} pages.")
+    total = nodes.paragraph("", "", nodes.strong("", f"{len(claims)} claim{'' if len(claims) == 1 else 's'}"), classes=["ledger-total"])
+    total += nodes.Text(f", pages with claims: {len({claim.docname for claim in claims})}.")
     result: list[nodes.Node] = [
         total,
         table_of(["Kind", "How it is known", "Claims"], summary, [20, 65, 15], "ledger-summary"),
