@@ -24,8 +24,27 @@ class MixtureFit:
     log_likelihoods: list[float]
 
 
-def _maximise(z: Tensor, responsibilities: Tensor, rank: int) -> tuple[LowRankGaussianMixture, float]:
-    """The M-step: the mixture and the shared sigma that maximise the expected log-likelihood."""
+def _noise_variance(outside: float, kept: Tensor, weights: Tensor, free: int) -> float:
+    """The shared sigma^2 of the M-step, from the variance outside the subspaces and the eigenvalues kept (K, p).
+
+    Variances inside must not fall below sigma^2; those that would are pooled with the outside ones.  Pooling the m
+    smallest gives one candidate for each m, and the solution is the smallest of them.
+    """
+    rank = kept.shape[1]
+    order = kept.flatten().argsort()
+    pooled = weights.repeat_interleave(rank)[order]
+    zero = kept.new_zeros(1)
+    numerators = outside + torch.cat([zero, (pooled * kept.flatten()[order]).cumsum(0)])
+    variance = float((numerators / (free + torch.cat([zero, pooled.cumsum(0)]))).min())
+    if not variance >= torch.finfo(kept.dtype).tiny:
+        raise ValueError("the tokens lie on the fitted subspaces exactly: there is no noise to estimate")
+    return variance
+
+
+def _maximise(
+    z: Tensor, responsibilities: Tensor, rank: int, sigma: float | None
+) -> tuple[LowRankGaussianMixture, float]:
+    """The M-step: the mixture (and the shared sigma, unless given) that maximise the expected log-likelihood."""
     n, d = z.shape
     # A component that owns nothing keeps a vanishing weight: the mixture asks for positive ones.
     counts = responsibilities.sum(0).clamp_min(torch.finfo(z.dtype).eps * n)
@@ -33,17 +52,11 @@ def _maximise(z: Tensor, responsibilities: Tensor, rank: int) -> tuple[LowRankGa
     covariance = (responsibilities.T[:, None, :] * z.T) @ z / counts[:, None, None]  # (K, d, d)
     eigenvalues, vectors = torch.linalg.eigh(covariance)  # ascending
     kept = eigenvalues[:, -rank:].clamp_min(0)
-    outside = float((weights[:, None] * eigenvalues[:, :-rank].clamp_min(0)).sum())
-    # Variances inside must not fall below sigma^2; those that would are pooled with the outside ones.  Pooling the m
-    # smallest gives one candidate for each m, and the solution is the smallest of them.
-    order = kept.flatten().argsort()
-    pooled_weights = weights.repeat_interleave(rank)[order]
-    numerators = outside + torch.cat([kept.new_zeros(1), (pooled_weights * kept.flatten()[order]).cumsum(0)])
-    variance = (numerators / (d - rank + torch.cat([kept.new_zeros(1), pooled_weights.cumsum(0)]))).min()
-    if not float(variance) >= torch.finfo(z.dtype).tiny:
-        raise ValueError("the tokens lie on the fitted subspaces exactly: there is no noise to estimate")
-    scales = (kept - variance).clamp_min(0).sqrt()
-    return LowRankGaussianMixture(vectors[:, :, -rank:].contiguous(), weights, scales), math.sqrt(float(variance))
+    if sigma is None:
+        outside = float((weights[:, None] * eigenvalues[:, :-rank].clamp_min(0)).sum())
+        sigma = math.sqrt(_noise_variance(outside, kept, weights, d - rank))
+    scales = (kept - sigma**2).clamp_min(0).sqrt()
+    return LowRankGaussianMixture(vectors[:, :, -rank:].contiguous(), weights, scales), sigma
 
 
 def fit_mixture(
@@ -51,6 +64,7 @@ def fit_mixture(
     components: int,
     rank: int,
     *,
+    sigma: float | None = None,
     iterations: int = 30,
     generator: torch.Generator | None = None,
 ) -> MixtureFit:
@@ -67,6 +81,9 @@ def fit_mixture(
     z : tensor (n, d), n >= components.
     components : int, the number of subspaces K.
     rank : int, their dimension p, below d.
+    sigma : float, optional
+        Noise level per coordinate, when it is known; ``None`` estimates it.  An estimate rests on the d - p directions
+        outside each subspace, so with p near d give it.
     iterations : int, number of EM steps, at least 1.
     generator : torch.Generator, optional, for the start.
 
@@ -89,6 +106,8 @@ def fit_mixture(
     """
     if z.ndim != 2 or not bool(z.isfinite().all()):
         raise ValueError(f"tokens must be finite, of shape (n, d), got shape {tuple(z.shape)}")
+    if sigma is not None and not sigma > 0:
+        raise ValueError(f"sigma must be > 0, got {sigma}")
     n, d = z.shape
     if not (1 <= components <= n and 1 <= rank < d and iterations >= 1):
         raise ValueError(
@@ -101,8 +120,8 @@ def fit_mixture(
     responsibilities = torch.nn.functional.one_hot(nearest, components).to(z.dtype)
     log_likelihoods = []
     for _ in range(iterations):
-        mixture, sigma = _maximise(z, responsibilities, rank)
-        log_joint = mixture.log_joint(z, sigma)
+        mixture, level = _maximise(z, responsibilities, rank, sigma)
+        log_joint = mixture.log_joint(z, level)
         log_likelihoods.append(float(torch.logsumexp(log_joint, -1).mean()))
         responsibilities = torch.softmax(log_joint, -1)
-    return MixtureFit(mixture, sigma, log_likelihoods)
+    return MixtureFit(mixture, level, log_likelihoods)

@@ -285,6 +285,7 @@ def loader(dataset: Dataset[Batch], batches: Iterable[list[Any]], workers: int, 
         num_workers=workers,
         collate_fn=as_is,
         pin_memory=pin,
+        generator=torch.Generator(),  # the loader draws a seed for its workers; not from the global state
         persistent_workers=False,
     )
 
