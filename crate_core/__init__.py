@@ -1,4 +1,4 @@
-"""The package that the book *CRATE-MAE, executable* builds chapter by chapter."""
+"""The package that the book *CRATE-MAE, executed* builds chapter by chapter."""
 
 from crate_core.attention import MSSA as MSSA
 from crate_core.attention import attend as attend
@@ -13,8 +13,16 @@ from crate_core.denoise import noise_left as noise_left
 from crate_core.denoise import project as project
 from crate_core.denoise import project_nearest as project_nearest
 from crate_core.denoise import tweedie as tweedie
+from crate_core.diffusion import exact_structured_flow as exact_structured_flow
+from crate_core.diffusion import forward_noising as forward_noising
+from crate_core.diffusion import probability_flow as probability_flow
+from crate_core.diffusion import reverse_sde as reverse_sde
+from crate_core.diffusion import structured_flow as structured_flow
 from crate_core.layers import DecoderLayer as DecoderLayer
 from crate_core.layers import EncoderLayer as EncoderLayer
+from crate_core.law import compression_bound as compression_bound
+from crate_core.law import denoising_cosine as denoising_cosine
+from crate_core.law import denoising_cosine_law as denoising_cosine_law
 from crate_core.mixture import LowRankGaussianMixture as LowRankGaussianMixture
 from crate_core.mixture import MixtureSample as MixtureSample
 from crate_core.mixture import coherence as coherence

@@ -16,9 +16,21 @@ from crate_core.shapes import AttentionWeights, Bases, Heads, Tokens
 def attention_weights(v: Heads, scale: float) -> AttentionWeights:
     r"""Softmax over tokens of scaled inner products in each subspace, as rows,
 
-    .. math:: A_k = \mathrm{softmax}\big(\alpha\, V_k V_k^\top\big), \qquad A_k \mathbf{1} = \mathbf{1},
+    .. math:: A_k = \mathrm{softmax}\big(\alpha\, V_k V_k^\top\big), \qquad A_k \mathbf{1} = \mathbf{1}.
 
-    for v of shape (..., K, n, p); the result is (..., K, n, n).  Book: :ref:`ch-attention`.
+    Parameters
+    ----------
+    v : tensor (..., K, n, p)
+        Coordinates of the tokens in each subspace, tokens as rows.
+    scale : float
+        The factor alpha of the inner products.
+
+    Returns
+    -------
+    tensor (..., K, n, n)
+        Entry (i, j) is the weight of token j in the output of token i.
+
+    Book: :ref:`ch-attention`, :eq:`eq-attention-mssa`.
     """
     return torch.softmax(scale * (v @ v.mT), dim=-1)
 
@@ -26,8 +38,21 @@ def attention_weights(v: Heads, scale: float) -> AttentionWeights:
 def attend(v: Heads, scale: float) -> Heads:
     r"""Self-attention with one shared projection as query, key and value, :math:`A_k V_k` as rows.
 
-    Equal to ``attention_weights(v, scale) @ v`` without storing the n x n weights, so memory grows linearly in n.
-    Book: :ref:`ch-attention`.
+    Equal to ``attention_weights(v, scale) @ v``.  Where PyTorch has a fused kernel (always on a CPU) the n x n weights
+    are not stored, and memory grows linearly in n.
+
+    Parameters
+    ----------
+    v : tensor (..., K, n, p)
+        Coordinates of the tokens in each subspace, tokens as rows.
+    scale : float
+        The factor alpha of the inner products.
+
+    Returns
+    -------
+    tensor (..., K, n, p)
+
+    Book: :ref:`ch-attention`, :prf:ref:`thm-attention-gate`.
     """
     flat = v.reshape(math.prod(v.shape[:-3]), *v.shape[-3:])  # the kernels that store no weights take one batch axis
     return F.scaled_dot_product_attention(flat, flat, flat, scale=scale).reshape(v.shape)
@@ -42,22 +67,31 @@ def mssa(z: Tokens, bases: Bases, *, scale: float = 1.0, eps: float | None = Non
 
     Parameters
     ----------
-    z : (..., n, d) tokens as rows.
-    bases : (K, d, p), orthonormal or not.
-    scale : alpha, multiplies the inner products; 1 is the literal formula, 1/sqrt(p) what trained models use on
+    z : tensor (..., n, d)
+        Tokens as rows.
+    bases : tensor (K, d, p)
+        Orthonormal or not.
+    scale : float
+        The factor alpha of the inner products; 1 is the literal formula, 1/sqrt(p) what trained models use on
         LayerNormed tokens.
-    eps : coding precision, > 0; ``None`` sets beta to 1, the attention operator alone.
+    eps : float, optional
+        Coding precision, > 0; ``None`` sets beta to 1, the attention operator alone.
 
     Returns
     -------
-    (..., n, d).
+    tensor (..., n, d)
 
     Raises
     ------
     ValueError
-        If the bases do not fit the tokens or eps <= 0.
+        If the bases do not fit the tokens or eps is not positive.
 
-    Book: :ref:`ch-attention`, which says when this denoises and that it is no expansion of the exact gradient.
+    Notes
+    -----
+    Follows :cite:t:`yu2023white`.  The chapter shows that this is no expansion of :func:`exact_mssa`, and when it
+    denoises all the same.
+
+    Book: :ref:`ch-attention`, :eq:`eq-attention-mssa`.
     """
     v = head_coordinates(z, bases)
     beta = 1.0 if eps is None else subspace_beta(v.shape[-2], v.shape[-1], eps)
@@ -73,28 +107,71 @@ def exact_mssa(z: Tokens, bases: Bases, eps: float) -> Tokens:
     Each column of :math:`\beta G_k (I+\beta G_k)^{-1}` predicts a token from all tokens by ridge regression; softmax
     attention replaces these weights.
 
-    Raises ``ValueError`` if the bases do not fit the tokens or eps <= 0.  Book: :ref:`ch-attention`.
+    Parameters
+    ----------
+    z : tensor (..., n, d)
+        Tokens as rows.
+    bases : tensor (K, d, p)
+        Orthonormal or not.
+    eps : float
+        Coding precision, > 0.
+
+    Returns
+    -------
+    tensor (..., n, d)
+
+    Raises
+    ------
+    ValueError
+        If the bases do not fit the tokens or eps is not positive.
+
+    Notes
+    -----
+    Computed as the difference on the right: its rounding error is small against :math:`\beta \|Z\|` at any eps, where
+    solving for the weights loses all digits in single precision once n < p and beta is large.
+
+    Book: :ref:`ch-attention`, :prf:ref:`thm-attention-ridge`.
     """
     v = head_coordinates(z, bases)
     beta = subspace_beta(v.shape[-2], v.shape[-1], eps)
     return beta * (v @ bases.mT).sum(-3) - subspace_coding_rate_grad(z, bases, eps)
 
 
-def mssa_step(
-    z: Tokens, bases: Bases, eps: float, kappa: float, *, scale: float = 1.0, exact: bool = False
-) -> Tokens:
+def mssa_step(z: Tokens, bases: Bases, eps: float, kappa: float, *, scale: float = 1.0, exact: bool = False) -> Tokens:
     r"""One unrolled compression step
 
     .. math:: Z' = (1 - \kappa\beta)\, Z + \kappa\, \mathrm{MSSA}(Z \mid U_{[K]}).
 
-    With ``exact=True``, :func:`exact_mssa` stands in the place of softmax attention (``scale`` is then not used); if
-    the subspaces fill the space (:math:`\sum_k U_k U_k^\top = I`) that is the gradient step
-    :math:`Z - \kappa \nabla R^c(Z)`.
+    Parameters
+    ----------
+    z : tensor (..., n, d)
+        Tokens as rows.
+    bases : tensor (K, d, p)
+        Orthonormal or not.
+    eps : float
+        Coding precision, > 0; fixes beta.
+    kappa : float
+        Step size.
+    scale : float
+        The factor alpha of the inner products in :func:`mssa`.
+    exact : bool
+        Put :func:`exact_mssa` in the place of softmax attention (``scale`` then has no effect).  If the subspaces fill
+        the space, :math:`\sum_k U_k U_k^\top = I`, that is the gradient step :math:`Z - \kappa \nabla R^c(Z)`;
+        otherwise the part outside them is multiplied by :math:`1 - \kappa\beta` besides.
 
-    Raises ``ValueError`` if the bases do not fit the tokens or eps <= 0.  Book: :ref:`ch-attention`.
+    Returns
+    -------
+    tensor (..., n, d)
+
+    Raises
+    ------
+    ValueError
+        If the bases do not fit the tokens or eps is not positive.
+
+    Book: :ref:`ch-attention`, :prf:ref:`def-attention-exact`.
     """
-    beta = subspace_beta(z.shape[-2], bases.shape[-1], eps)
     attended = exact_mssa(z, bases, eps) if exact else mssa(z, bases, scale=scale, eps=eps)
+    beta = subspace_beta(z.shape[-2], bases.shape[-1], eps)
     return (1 - kappa * beta) * z + kappa * attended
 
 
@@ -106,20 +183,26 @@ class MSSA(nn.Module):
 
     One projection serves as query, key and value (``project``, no bias).  It differs from :func:`mssa` by the learned
     output projection with bias in the place of :math:`[U_1 \dots U_K]`, by the scale 1/sqrt(p), and by
-    :math:`\beta = 1`.
+    :math:`\beta = 1`; nothing keeps the learned bases orthonormal.  It has :math:`2d^2 + d` parameters.
 
     Parameters
     ----------
-    dim : token dimension d.
-    heads : number of subspaces K; must divide dim, p = d / K.
+    dim : int
+        Token dimension d.
+    heads : int
+        Number of subspaces K; must divide dim, p = d / K.
 
     Raises
     ------
     ValueError
         If heads does not divide dim.
 
-    Book: :ref:`ch-attention`; the authors' published code, with one difference: the output projection is there for a
+    Notes
+    -----
+    Follows the published code of :cite:t:`pai2024masked`, with one difference: the output projection is there for a
     single head too.
+
+    Book: :ref:`ch-attention`.
     """
 
     def __init__(self, dim: int, heads: int) -> None:
@@ -133,17 +216,18 @@ class MSSA(nn.Module):
 
     @property
     def bases(self) -> Bases:
-        """The learned U_k as (K, d, p); not orthonormal in general."""
+        """The learned U_k, (K, d, p), not orthonormal in general.  Book: :ref:`ch-attention`."""
         return self.project.weight.unflatten(0, (self.heads, -1)).mT
 
     def head_coordinates(self, z: Tokens) -> Heads:
-        """V_k = U_k^T Z as rows, (..., K, n, p)."""
+        r"""Coordinates :math:`V_k = U_k^\top Z` as rows, (..., K, n, p).  Book: :ref:`ch-attention`."""
         return self.project(z).unflatten(-1, (self.heads, -1)).transpose(-3, -2)
 
     def weights(self, z: Tokens) -> AttentionWeights:
-        """The attention weights (..., K, n, n) that ``forward`` uses without storing them."""
+        """The weights (..., K, n, n) that ``forward`` does not store.  Book: :ref:`ch-attention`."""
         return attention_weights(self.head_coordinates(z), self.scale)
 
     def forward(self, z: Tokens) -> Tokens:
+        """Tokens (..., n, d) to tokens (..., n, d).  Book: :ref:`ch-attention`."""
         attended = attend(self.head_coordinates(z), self.scale)  # (..., K, n, p)
         return self.output(attended.transpose(-3, -2).flatten(-2))

@@ -95,7 +95,8 @@ class CrateMAEConfig:
         if unknown:
             raise ValueError(f"unknown configuration fields {unknown}, accepted: {sorted(known)}")
         # JSON has lists where the configuration has tuples.
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        given: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in values.items()}
+        return cls(**given)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, ready for JSON."""

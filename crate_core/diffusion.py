@@ -1,107 +1,23 @@
 r"""Forward noising, its two reversals with the exact score, and the structured diffusion ODE with its exact solution.
 
-One integrator, :func:`integrate`, serves every ordinary differential equation here.
+One integrator, :func:`crate_core.integrators.integrate`, serves every ordinary differential equation here.
 
 Book: :ref:`ch-diffusion` and :ref:`ch-structured-ode`.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
 import torch
-from scipy.integrate import solve_ivp
 from scipy.special import wrightomega
 from torch import Tensor
 
+from crate_core.integrators import Field, integrate
 from crate_core.mixture import ORTHONORMALITY_TOLERANCE, LowRankGaussianMixture, check_orthonormal, coherence
-from crate_core.rate import check_bases, head_coordinates, subspace_beta, subspace_coding_rate_grad
+from crate_core.rate import check_bases, check_eps, head_coordinates, subspace_beta, subspace_coding_rate_grad
 from crate_core.shapes import Bases, Tokens, TokenVectors
-
-Field = Callable[[float, Tensor], Tensor]
-"""Right-hand side of an ODE, ``field(t, z) = dz/dt``, with the shape of z."""
-
-
-def _euler_step(field: Field, t: float, z: Tensor, h: float) -> Tensor:
-    return z + h * field(t, z)
-
-
-def _heun_step(field: Field, t: float, z: Tensor, h: float) -> Tensor:
-    first = field(t, z)
-    return z + h / 2 * (first + field(t + h, z + h * first))
-
-
-def _rk4_step(field: Field, t: float, z: Tensor, h: float) -> Tensor:
-    k1 = field(t, z)
-    k2 = field(t + h / 2, z + h / 2 * k1)
-    k3 = field(t + h / 2, z + h / 2 * k2)
-    k4 = field(t + h, z + h * k3)
-    return z + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
-
-
-_STEPS = {"euler": _euler_step, "heun": _heun_step, "rk4": _rk4_step}
-
-METHODS = (*_STEPS, "dop853")
-"""Names that :func:`integrate` accepts; the fixed-step ones have order 1, 2 and 4."""
-
-
-def _dop853(field: Field, z: Tensor, times: list[float]) -> Tensor:
-    """SciPy's DOP853 in float64, both tolerances 1e-13, reported at every time."""
-
-    def flat_field(t: float, flat: np.ndarray) -> np.ndarray:
-        state = torch.from_numpy(flat).reshape(z.shape).to(z)
-        return field(t, state).double().cpu().numpy().ravel()
-
-    start = z.detach().double().cpu().numpy().ravel()
-    solution = solve_ivp(
-        flat_field, (times[0], times[-1]), start, method="DOP853", t_eval=times, rtol=1e-13, atol=1e-13
-    )
-    if not solution.success:
-        raise RuntimeError(
-            f"DOP853 stopped at t = {solution.t[-1] if solution.t.size else times[0]}: {solution.message}"
-        )
-    return torch.from_numpy(solution.y.T.copy()).reshape(len(times), *z.shape).to(z)
-
-
-def integrate(field: Field, z: Tensor, times: Sequence[float] | Tensor, method: str = "euler") -> Tensor:
-    r"""Solve :math:`\dot z = f(t, z)` from ``times[0]`` on and return the whole path.
-
-    Parameters
-    ----------
-    field : callable, ``field(t, z)`` returns dz/dt with the shape of z.
-    z : tensor of any shape, the state at ``times[0]``.
-    times : T >= 2 numbers, strictly increasing or strictly decreasing; decreasing times integrate backwards.
-    method : ``"euler"`` (order 1), ``"heun"`` (2) or ``"rk4"`` (4), one step from each time to the next; or
-        ``"dop853"``, SciPy's adaptive method of order 8 at tolerance 1e-13, for which ``times`` is only where the
-        path is reported.
-
-    Returns
-    -------
-    tensor (T, ...), the state at each time, ``z`` itself first.
-
-    Raises
-    ------
-    ValueError
-        For an unknown method or times that are not strictly monotone.
-    RuntimeError
-        If the adaptive method cannot keep its tolerance.
-
-    Book: :ref:`ch-diffusion`.
-    """
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {METHODS}, got {method!r}")
-    times = [float(t) for t in times]
-    steps = [after - before for before, after in pairwise(times)]
-    if not steps or not (all(h > 0 for h in steps) or all(h < 0 for h in steps)):
-        raise ValueError(f"times must be at least two numbers, strictly increasing or decreasing, got {times}")
-    if method == "dop853":
-        return _dop853(field, z, times)
-    path = [z]
-    for t, h in zip(times, steps, strict=False):
-        path.append(_STEPS[method](field, t, path[-1], h))
-    return torch.stack(path)
-
 
 # Forward noising and its reversals: the clock is the noise level sigma, per coordinate.
 
@@ -141,12 +57,7 @@ def forward_noising(
     -------
     tensor (S, ..., d).
 
-    Raises
-    ------
-    ValueError
-        If the levels are negative or decrease.
-
-    Book: :ref:`ch-diffusion`.
+    Raises ``ValueError`` if the levels are negative or decrease.  Book: :ref:`ch-diffusion`.
     """
     variances = torch.as_tensor(sigmas, dtype=x.dtype, device=x.device) ** 2
     increments = torch.diff(variances, prepend=variances.new_zeros(1))
@@ -160,7 +71,8 @@ def forward_noising(
 def probability_flow_field(mixture: LowRankGaussianMixture) -> Field:
     r"""The field :math:`dz/d\sigma = -\sigma\, \nabla \log p_\sigma(z) = (z - \mathbb{E}[x \mid z]) / \sigma`.
 
-    To be integrated over noise levels with :func:`integrate`, down from noise to samples.  Book: :ref:`ch-diffusion`.
+    For :func:`crate_core.integrators.integrate` over noise levels, downwards from noise to samples.
+    Book: :ref:`ch-diffusion`.
     """
     return lambda sigma, z: -sigma * mixture.score(z, sigma)
 
@@ -187,16 +99,13 @@ def probability_flow(
     z : tensor (..., d).
     sigma_from, sigma_to : positive noise levels, standard deviations per coordinate.
     steps : number of steps, on the geometric grid of :func:`noise_levels`.
-    method : as :func:`integrate`.
+    method : as :func:`crate_core.integrators.integrate`.
 
     Returns
     -------
     tensor (..., d), the tokens at ``sigma_to``.
 
-    Raises
-    ------
-    ValueError
-        For levels that are not positive, steps < 1, or an unknown method.
+    Raises ``ValueError`` for levels that are not positive, steps < 1, or an unknown method.
 
     Book: :ref:`ch-diffusion`.  The Euler step is the deterministic sampler common in the diffusion literature.
     """
@@ -226,12 +135,7 @@ def reverse_sde(
     sigma_from, sigma_to : positive noise levels per coordinate, ``sigma_to < sigma_from``.
     steps : number of steps, on the geometric grid of :func:`noise_levels`.
 
-    Raises
-    ------
-    ValueError
-        If the levels are not positive and decreasing, or steps < 1.
-
-    Book: :ref:`ch-diffusion`.
+    Raises ``ValueError`` if the levels are not positive and decreasing, or steps < 1.  Book: :ref:`ch-diffusion`.
     """
     if sigma_to >= sigma_from:
         raise ValueError(
@@ -269,7 +173,7 @@ def structured_flow(z: Tokens, bases: Bases, eps: float, time: float, steps: int
     eps : coding precision, > 0, as in :func:`crate_core.rate.subspace_coding_rate`.
     time : any number; 0 returns z.
     steps : number of steps (with ``"dop853"``: of reported times; its steps are its own).
-    method : as :func:`integrate`.
+    method : as :func:`crate_core.integrators.integrate`.
 
     Returns
     -------
@@ -285,6 +189,7 @@ def structured_flow(z: Tokens, bases: Bases, eps: float, time: float, steps: int
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
     check_bases(z, bases)
+    check_eps(eps)
     if time == 0:
         return z
     times = torch.linspace(0.0, time, steps + 1, dtype=torch.float64)
@@ -409,10 +314,8 @@ def invert_euler(z: Tokens, bases: Bases, eps: float, time: float, steps: int) -
     z : tensor (..., n, d), what ``structured_flow(..., time, steps)`` returned.
     bases, eps, time, steps : as they were there; time > 0.
 
-    Raises
-    ------
-    ValueError
-        If time <= 0, steps < 1, or c >= 1, where the iteration need not converge and a layer need not be injective.
+    Raises ``ValueError`` if time <= 0, steps < 1, or c >= 1, where the iteration need not converge and a layer need
+    not be injective.
 
     Book: :ref:`ch-structured-ode`.
     """

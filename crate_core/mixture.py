@@ -201,9 +201,10 @@ class LowRankGaussianMixture:
         """Dimension p of each subspace."""
         return self.bases.shape[2]
 
-    def to(self, *args: torch.dtype | torch.device | str) -> "LowRankGaussianMixture":
-        """The same mixture in another dtype or on another device, as ``Tensor.to``."""
-        return LowRankGaussianMixture(self.bases.to(*args), self.weights.to(*args), self.scales.to(*args))
+    def to(self, target: torch.dtype | torch.device | str) -> "LowRankGaussianMixture":
+        """The same mixture in another dtype or on another device."""
+        moved = (part.to(target) for part in (self.bases, self.weights, self.scales))  # type: ignore[call-overload]
+        return LowRankGaussianMixture(*moved)
 
     def sample(
         self,

@@ -18,7 +18,7 @@ CHOLESKY_LIMIT = 1e-3
 
 def check_eps(eps: float) -> None:
     """Raise ``ValueError`` unless eps, the coding precision, is positive and finite (and its square is)."""
-    if not 0 < eps * eps < math.inf:
+    if not (eps > 0 and 0 < eps * eps < math.inf):
         raise ValueError(f"eps, the coding precision, must be positive and finite, got {eps}")
 
 
@@ -100,7 +100,7 @@ def _shrink(v: Tensor, weight: float) -> Tensor:
 
 def _at_least_single(z: Tensor) -> Tensor:
     """Half-precision tensors as float32, which factorisations need; others as they are."""
-    return z.float() if torch.finfo(z.dtype).bits < 32 else z
+    return z.float() if z.dtype in (torch.float16, torch.bfloat16) else z
 
 
 def coding_rate(z: Tokens, eps: float) -> Scalars:

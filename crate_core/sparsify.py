@@ -26,6 +26,14 @@ def check_dictionary(z: Tokens, dictionary: Dictionary) -> None:
         )
 
 
+def check_codes(codes: Codes, z: Tokens, dictionary: Dictionary) -> None:
+    """Raise ``ValueError`` unless codes are (..., n, m) for tokens (..., n, d) and a dictionary (d, m)."""
+    check_dictionary(z, dictionary)
+    expected = (z.shape[-2], dictionary.shape[1])
+    if codes.shape[-2:] != expected:
+        raise ValueError(f"codes must be (..., {expected[0]}, {expected[1]}) here, got {tuple(codes.shape)}")
+
+
 def lasso_objective(codes: Codes, z: Tokens, dictionary: Dictionary, lambd: float) -> Scalars:
     r"""The nonnegative lasso
 
@@ -35,20 +43,28 @@ def lasso_objective(codes: Codes, z: Tokens, dictionary: Dictionary, lambd: floa
 
     Parameters
     ----------
-    codes : (..., n, m), z : (..., n, d), dictionary : (d, m), lambd >= 0.
+    codes : tensor (..., n, m)
+        Codes as rows.
+    z : tensor (..., n, d)
+        Tokens as rows.
+    dictionary : tensor (d, m)
+        Atoms as columns.
+    lambd : float
+        Weight of the l1 penalty, >= 0.
 
     Returns
     -------
-    (...) one value per batch entry, ``inf`` where codes are infeasible.
+    tensor (...)
+        One value for each leading batch entry, summed over tokens; ``inf`` where codes are infeasible.
 
     Raises
     ------
     ValueError
-        If the dictionary does not fit or lambd < 0.
+        If the shapes do not fit or lambd is negative.
 
-    Book: :ref:`ch-ista`.
+    Book: :ref:`ch-ista`, :eq:`eq-ista-lasso`.
     """
-    check_dictionary(z, dictionary)
+    check_codes(codes, z, dictionary)
     check_step(1.0, lambd)
     residual = z - codes @ dictionary.mT
     value = 0.5 * residual.square().sum((-2, -1)) + lambd * codes.sum((-2, -1))
@@ -60,21 +76,55 @@ def proximal_step(codes: Codes, z: Tokens, dictionary: Dictionary, eta: float, l
 
     .. math:: A^+ = \mathrm{ReLU}\big(A + \eta D^\top (Z - D A) - \eta\lambda\big).
 
-    The dictionary may have any number m of atoms.  For :math:`\eta \le 1/\|D\|_2^2` the objective does not increase
-    from a feasible start.
+    From feasible codes (:math:`A \ge 0`) the objective does not increase for :math:`\eta \le 2/\|D\|_2^2`; the rate
+    of the iterates is proved for :math:`\eta \le 1/\|D\|_2^2`, from any start.
 
-    Raises ``ValueError`` if the dictionary does not fit, eta <= 0 or lambd < 0.  Book: :ref:`ch-ista`.
+    Parameters
+    ----------
+    codes : tensor (..., n, m)
+        Codes as rows, feasible or not.
+    z : tensor (..., n, d)
+        Tokens as rows.
+    dictionary : tensor (d, m)
+        Any number m of atoms, as columns.
+    eta : float
+        Step size, > 0.
+    lambd : float
+        Weight of the l1 penalty, >= 0.
+
+    Returns
+    -------
+    tensor (..., n, m)
+        Nonnegative codes.
+
+    Raises
+    ------
+    ValueError
+        If the shapes do not fit, eta is not positive or lambd is negative.
+
+    Book: :ref:`ch-ista`, :eq:`eq-ista-step`, :prf:ref:`thm-ista-step`.
     """
-    check_dictionary(z, dictionary)
+    check_codes(codes, z, dictionary)
     check_step(eta, lambd)
     residual = z - codes @ dictionary.mT
     return F.relu(codes + eta * (residual @ dictionary) - eta * lambd)
 
 
 def ista_matrix(dictionary: Dictionary, eta: float) -> Dictionary:
-    r"""The matrix :math:`M = I + \eta (D - D^\top D)` of the fused step, so that rows give :math:`v M`.
+    r"""The matrix :math:`M = I + \eta (D - D^\top D)` of the fused step, so that tokens as rows v give :math:`v M`.
 
-    Book: :ref:`ch-ista`.
+    Parameters
+    ----------
+    dictionary : tensor (d, d)
+        Atoms as columns.
+    eta : float
+        Step size.
+
+    Returns
+    -------
+    tensor (d, d)
+
+    Book: :ref:`ch-ista`, :eq:`eq-ista-fused`.
     """
     identity = torch.eye(dictionary.shape[-1], dtype=dictionary.dtype, device=dictionary.device)
     return identity + eta * (dictionary - dictionary.mT @ dictionary)
@@ -90,18 +140,31 @@ def ista(z: Tokens, dictionary: Dictionary, eta: float = 0.1, lambd: float = 0.5
 
     Parameters
     ----------
-    z : (..., n, d) tokens as rows.
-    dictionary : (d, d); only a complete dictionary can start from the tokens.
-    eta : step size, > 0.
-    lambd : weight of the l1 penalty, >= 0.
+    z : tensor (..., n, d)
+        Tokens as rows.
+    dictionary : tensor (d, d)
+        Only a complete dictionary can start from the tokens.
+    eta : float
+        Step size, > 0.
+    lambd : float
+        Weight of the l1 penalty, >= 0.
+
+    Returns
+    -------
+    tensor (..., n, d)
+        Nonnegative.
 
     Raises
     ------
     ValueError
-        If the dictionary is not (d, d), eta <= 0 or lambd < 0.
+        If the dictionary is not (d, d), eta is not positive or lambd is negative.
 
-    Book: :ref:`ch-ista`, which says what one such step decreases and when it does not.  The authors' published code,
-    which evaluates the three products one after the other.
+    Notes
+    -----
+    Follows the published code of :cite:t:`pai2024masked`, which evaluates the three products one after the other.
+    The chapter says what one such step decreases and when it does not.
+
+    Book: :ref:`ch-ista`, :eq:`eq-ista-layer`, :eq:`eq-ista-fused`.
     """
     check_dictionary(z, dictionary)
     check_step(eta, lambd)
@@ -116,10 +179,24 @@ def ista(z: Tokens, dictionary: Dictionary, eta: float = 0.1, lambd: float = 0.5
 class ISTA(nn.Module):
     r"""A learned ISTA step, :math:`\mathrm{ReLU}(Z + \eta D^\top(Z - DZ) - \eta\lambda)`, with D = ``weight`` (d, d).
 
-    Initialised as in the authors' published code (Kaiming uniform), for which :math:`\|D\|_2^2` is near 8, so that
-    eta = 0.1 is just inside the stable range 1/8.
+    Initialised as in the published code of :cite:t:`pai2024masked` (Kaiming uniform), for which :math:`\|D\|_2^2` is
+    near 8, so that eta = 0.1 is just inside 1/8 at the start.
 
-    Raises ``ValueError`` if eta <= 0 or lambd < 0.  Book: :ref:`ch-ista`.
+    Parameters
+    ----------
+    dim : int
+        Token dimension d.
+    eta : float
+        Step size, > 0.
+    lambd : float
+        Weight of the l1 penalty, >= 0.
+
+    Raises
+    ------
+    ValueError
+        If eta is not positive or lambd is negative.
+
+    Book: :ref:`ch-ista`, :eq:`eq-ista-layer`.
     """
 
     def __init__(self, dim: int, eta: float = 0.1, lambd: float = 0.5) -> None:
@@ -131,4 +208,5 @@ class ISTA(nn.Module):
         nn.init.kaiming_uniform_(self.weight)
 
     def forward(self, z: Tokens) -> Tokens:
+        """Tokens (..., n, d) to nonnegative tokens (..., n, d).  Book: :ref:`ch-ista`."""
         return ista(z, self.weight, self.eta, self.lambd)

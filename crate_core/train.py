@@ -210,10 +210,9 @@ class Trainer:
         finite.
         """
         values = self.accelerator.reduce(torch.stack(self.pending), reduction="mean").tolist()
-        for back, (loss, norm) in enumerate(reversed(values)):
+        for step, (loss, norm) in enumerate(values, start=self.step - len(values) + 1):
             # With a loss scaler an overflowing gradient is normal: the step is skipped and the scale lowered.
             if not math.isfinite(loss) or (self.accelerator.scaler is None and not math.isfinite(norm)):
-                step = self.step - back
                 what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
                 rate = learning_rate(step - 1, self.config, self.count)
                 kept = self.run.latest()

@@ -21,7 +21,7 @@ torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cp
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Unit tests first, then the book's build, then its pages."""
-    items.sort(key=lambda item: (item.get_closest_marker("site") is not None) * 2 + (item.get_closest_marker("book") is not None))
+    items.sort(key=lambda item: [item.get_closest_marker(mark) is not None for mark in ("site", "book")])
 
 
 @pytest.fixture(autouse=True)

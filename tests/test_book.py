@@ -14,6 +14,7 @@ import yaml
 from bs4 import BeautifulSoup
 from depcache import code_cells, is_notebook
 
+pytestmark = pytest.mark.repository
 ROOT = Path(__file__).resolve().parents[1]
 HTML = ROOT / "_build" / "html"
 
@@ -172,7 +173,11 @@ def bare_comparisons(code: str) -> Iterator[int]:
         while isinstance(value, ast.Call) and ast.unparse(value.func) == "print" and len(value.args) == 1:
             value = value.args[0]
         name = value.func.attr if isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute) else ""
-        if isinstance(value, ast.Compare) or name in compares or (name in ("all", "any") and "==" in ast.unparse(value)):
+        if (
+            isinstance(value, ast.Compare)
+            or name in compares
+            or (name in ("all", "any") and "==" in ast.unparse(value))
+        ):
             yield node.lineno
 
 
@@ -216,7 +221,9 @@ def book_labels() -> set[str]:
 def test_labels_in_docstrings_resolve() -> None:
     labels, missing = book_labels(), []
     for path in sorted((ROOT / "crate_core").glob("*.py")):
-        for target in re.findall(r":(?:ref|eq|numref|prf:ref):`(?:[^`<]*<)?([^`>]+)>?`", path.read_text(encoding="utf8")):
+        for target in re.findall(
+            r":(?:ref|eq|numref|prf:ref):`(?:[^`<]*<)?([^`>]+)>?`", path.read_text(encoding="utf8")
+        ):
             if target not in labels:
                 missing.append(f"{path.name}: {target}")
     assert not missing

@@ -10,12 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crate_core.diffusion import (
-    METHODS,
     exact_structured_flow,
     flow_derivative,
     flow_singular_values,
     forward_noising,
-    integrate,
     invert_euler,
     noise_levels,
     probability_flow,
@@ -25,6 +23,7 @@ from crate_core.diffusion import (
     structured_field,
     structured_flow,
 )
+from crate_core.integrators import integrate
 from crate_core.mixture import LowRankGaussianMixture, random_bases
 from crate_core.rate import subspace_beta, subspace_coding_rate, subspace_coding_rate_grad
 
@@ -68,56 +67,6 @@ def build(case: dict) -> tuple[torch.Tensor, torch.Tensor, float, float]:
     return z, bases, case["eps"], subspace_beta(case["n"], case["rank"], case["eps"])
 
 
-# integrate
-
-
-@pytest.mark.parametrize("method", ORDERS)
-def test_order_on_a_problem_with_a_known_solution(method: str) -> None:
-    z = normal(5, 3)
-
-    def field(t: float, state: torch.Tensor) -> torch.Tensor:
-        return -2 * t * state + math.exp(-(t**2))  # solved by (z + t) exp(-t^2)
-
-    counts = [16, 32, 64, 128]
-    exact = (z + 1.5) * math.exp(-(1.5**2))
-    errors = [
-        float((integrate(field, z, torch.linspace(0, 1.5, n + 1), method)[-1] - exact).abs().max()) for n in counts
-    ]
-    assert abs(order_of(errors, counts) - ORDERS[method]) < 0.2
-
-
-def test_adaptive_method_reaches_its_tolerance_at_every_reported_time() -> None:
-    z, times = normal(2, 3), [0.0, 0.1, 1.0, 2.5]
-    path = integrate(lambda t, state: -2 * t * state, z, times, "dop853")
-    exact = torch.stack([z * math.exp(-(t**2)) for t in times])
-    torch.testing.assert_close(path, exact, rtol=1e-11, atol=1e-12)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_path_starts_at_the_state_and_has_one_entry_a_time(method: str) -> None:
-    z = normal(2, 4, 3).float()
-    path = integrate(lambda t, state: -state, z, [1.0, 0.5, 0.0], method)
-    assert path.shape == (3, 2, 4, 3)
-    assert path.dtype == torch.float32
-    torch.testing.assert_close(path[0], z)
-    assert (path[-1].abs() > z.abs()).all()  # decreasing times: the decay runs backwards
-
-
-def test_integrate_refuses_bad_times_and_methods() -> None:
-    z = normal(2)
-    for times in ([0.0], [], [0.0, 1.0, 1.0], [0.0, 1.0, 0.5]):
-        with pytest.raises(ValueError, match="strictly increasing or decreasing"):
-            integrate(lambda t, state: state, z, times)
-    with pytest.raises(ValueError, match="'rk45'"):
-        integrate(lambda t, state: state, z, [0.0, 1.0], "rk45")
-
-
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_adaptive_method_says_where_it_stopped() -> None:
-    with pytest.raises(RuntimeError, match="DOP853 stopped"):
-        integrate(lambda t, state: state**2, torch.ones(1, dtype=torch.float64), [0.0, 2.0], "dop853")
-
-
 # noise, forwards and backwards
 
 
@@ -157,7 +106,7 @@ def test_forward_noising_refuses(sigmas: list[float]) -> None:
         forward_noising(normal(3, 2), sigmas)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=15)
 @given(st.integers(0, 1000), st.integers(1, 6), st.integers(0, 4), st.floats(0.05, 3), st.floats(0.05, 3))
 def test_probability_flow_of_one_gaussian(seed: int, rank: int, spare: int, high: float, low: float) -> None:
     if abs(high - low) < 1e-3:
@@ -185,7 +134,7 @@ def test_euler_step_of_the_probability_flow_is_a_partial_denoising() -> None:
 
 @pytest.mark.parametrize("method", ORDERS)
 def test_order_on_the_probability_flow(method: str) -> None:
-    mixture, z, counts = mixture_in_the_plane(), normal(30, 2), [32, 64, 128]
+    mixture, z, counts = mixture_in_the_plane(), normal(30, 2), [16, 32, 64]
     reference = integrate(probability_flow_field(mixture), z, [1.0, 0.2], "dop853")[-1]
     errors = [float((probability_flow(mixture, z, 1.0, 0.2, n, method) - reference).norm()) for n in counts]
     assert abs(order_of(errors, counts) - ORDERS[method]) < 0.25
@@ -193,18 +142,18 @@ def test_order_on_the_probability_flow(method: str) -> None:
 
 def test_probability_flow_runs_back() -> None:
     mixture, z = mixture_in_the_plane(), normal(20, 2)
-    there = probability_flow(mixture, z, 1.0, 0.3, 200, "rk4")
-    torch.testing.assert_close(probability_flow(mixture, there, 0.3, 1.0, 200, "rk4"), z, rtol=0, atol=1e-7)
+    there = probability_flow(mixture, z, 1.0, 0.3, 60, "rk4")
+    torch.testing.assert_close(probability_flow(mixture, there, 0.3, 1.0, 60, "rk4"), z, rtol=0, atol=1e-5)
 
 
 def test_reverse_sde_keeps_the_marginals_of_one_gaussian() -> None:
     mixture = LowRankGaussianMixture(bases_of(6, 1, 2), scales=0.7)
-    start = mixture.sample(20_000, 1.0, generator=seeded(1)).tokens
+    start = mixture.sample(10_000, 1.0, generator=seeded(1)).tokens
     inside_of = mixture.bases[0]
     one = reverse_sde(mixture, start, 1.0, 0.4, 1, seeded(2))
     outside = one - one @ inside_of @ inside_of.mT
     assert abs(float(outside.square().sum(-1).mean()) / (4 * 0.4**2) - 1) < 0.03  # exact outside in a single step
-    many = reverse_sde(mixture, start, 1.0, 0.4, 200, seeded(3))
+    many = reverse_sde(mixture, start, 1.0, 0.4, 60, seeded(3))
     assert abs(float((many @ inside_of).var()) / (0.49 + 0.16) - 1) < 0.04
 
 
@@ -266,7 +215,7 @@ def test_derivative_of_the_flow(time: float) -> None:
 # the structured flow
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=15)
 @given(token_sets, st.floats(-1.5, 3.0))
 def test_closed_form_against_dop853(case: dict, units: float) -> None:
     z, bases, eps, beta = build(case)
@@ -274,7 +223,7 @@ def test_closed_form_against_dop853(case: dict, units: float) -> None:
     torch.testing.assert_close(exact_structured_flow(z, bases, eps, units / beta), numerical, rtol=0, atol=1e-10)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=15)
 @given(token_sets, st.floats(0, 4), st.floats(0, 4))
 def test_closed_form_composes_reverses_and_batches(case: dict, first: float, second: float) -> None:
     z, bases, eps, beta = build(case)
@@ -287,7 +236,7 @@ def test_closed_form_composes_reverses_and_batches(case: dict, first: float, sec
         torch.testing.assert_close(one, alone, rtol=0, atol=1e-13)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=15)
 @given(token_sets)
 def test_closed_form_leaves_the_outside_and_lowers_the_rate(case: dict) -> None:
     z, bases, eps, beta = build(case)
@@ -381,7 +330,7 @@ def test_structured_flow_refuses() -> None:
 
 
 @settings(deadline=None, max_examples=20)
-@given(token_sets, st.floats(0.05, 0.8), st.integers(1, 12))
+@given(token_sets, st.floats(0.05, 0.8), st.integers(1, 8))
 def test_implicit_decoding_inverts_the_layers(case: dict, c: float, steps: int) -> None:
     z, bases, eps, beta = build(case)
     time = c * steps / beta
@@ -404,7 +353,7 @@ def test_implicit_decoding_needs_no_orthogonality_but_a_contraction() -> None:
             invert_euler(code, bases, eps, time, steps)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=20)
 @given(token_sets, st.floats(0.01, 0.95), st.integers(1, 20), st.floats(-4, 1))
 def test_round_trip_bound(case: dict, c: float, steps: int, log_size: float) -> None:
     z, bases, eps, beta = build(case)

@@ -15,6 +15,7 @@ import nbformat
 import notebooks
 import pytest
 
+pytestmark = pytest.mark.repository
 ROOT = Path(__file__).resolve().parents[1]
 FRONT = """---
 jupytext:
@@ -32,7 +33,9 @@ kernelspec:
 
 def page(*cells: str, text: str = "# Title\n") -> str:
     """A page with these code cells."""
-    return FRONT + text + "".join(f"\n```{{code-cell}} python\n{textwrap.dedent(cell).strip()}\n```\n" for cell in cells)
+    return (
+        FRONT + text + "".join(f"\n```{{code-cell}} python\n{textwrap.dedent(cell).strip()}\n```\n" for cell in cells)
+    )
 
 
 # ---- depcache: the digest ----
@@ -119,11 +122,11 @@ def test_magics_do_not_hide_imports() -> None:
 
 # ---- ledger: reading and checking claims ----
 
-CLAIM = '''
+CLAIM = """
 claim("clm-a-b", r"It is $x$ " "and so on.",
       conditions="always", kind="numerical",
       evidence="a check", holds=True)
-'''
+"""
 
 
 def test_claims_are_read() -> None:
@@ -167,6 +170,7 @@ MYST = r"""(ch-a)=
 # Title
 
 See {prf:ref}`thm-a`, {eq}`eq-a`, {ref}`the chapter <ch-b>` and {cite:t}`pai2024masked`; {glue:text}`n` tokens.
+As in {ref}`ch-c`.
 
 :::{prf:theorem} Name
 :label: thm-a
@@ -185,7 +189,9 @@ x = y
 
 
 def test_notebook_is_plain_and_complete() -> None:
-    notebook = notebooks.make_notebook(page("x = 1", "y = 2", text=MYST), "Title", {"RR": r"\mathbb{R}", "n": ["|#1|", 1]})
+    notebook = notebooks.make_notebook(
+        page("x = 1", "y = 2", text=MYST), "Title", {"RR": r"\mathbb{R}", "n": ["|#1|", 1]}
+    )
     nbformat.validate(notebook)
     code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
     assert code[1:] == ["x = 1", "y = 2"]
@@ -193,9 +199,10 @@ def test_notebook_is_plain_and_complete() -> None:
     text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     assert r"\def\RR{\mathbb{R}}" in text
     assert r"\newcommand{\n}[1]{|#1|}" in text
-    assert "**Theorem Name.**" in text
+    assert "**Theorem (Name).**" in text
     assert "[thm-a](#thm-a)" in text
     assert "[the chapter](#ch-b)" in text
+    assert "[Chapter C](c.ipynb)" in text
     assert '<a id="thm-a"></a>' in text
     assert "$y$" in text
     assert "{ref}`stays`" in text  # code is left alone

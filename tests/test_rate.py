@@ -65,6 +65,7 @@ def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 @given(problems())
+@settings(max_examples=40)
 def test_rates_equal_their_definitions_for_every_batch_entry(problem):
     z, bases, eps = problem
     rate, subspace_rate = coding_rate(z, eps), subspace_coding_rate(z, bases, eps)
@@ -76,6 +77,7 @@ def test_rates_equal_their_definitions_for_every_batch_entry(problem):
 
 
 @given(problems())
+@settings(max_examples=40)
 def test_gradients_equal_automatic_differentiation_of_the_definitions(problem):
     z, bases, eps = problem
     grad, subspace_grad = coding_rate_grad(z, eps), subspace_coding_rate_grad(z, bases, eps)
@@ -90,6 +92,7 @@ def test_gradients_equal_automatic_differentiation_of_the_definitions(problem):
 
 
 @given(problems())
+@settings(max_examples=40)
 def test_the_package_functions_differentiate_to_their_closed_forms(problem):
     z, bases, eps = problem
     leaf = z.clone().requires_grad_(True)
@@ -100,6 +103,7 @@ def test_the_package_functions_differentiate_to_their_closed_forms(problem):
 
 
 @given(problems(), st.integers(0, 2**31 - 1))
+@settings(max_examples=40)
 def test_gradients_equal_finite_differences(problem, seed):
     z, bases, eps = problem
     direction = torch.randn(z.shape, generator=make_generator(seed), dtype=F64)
@@ -155,6 +159,7 @@ def test_gradcheck_through_both_factorisations():
 
 
 @given(problems(max_batch=0), st.integers(0, 2**31 - 1), st.floats(0.1, 10))
+@settings(max_examples=40)
 def test_invariances(problem, seed, scale):
     z, bases, eps = problem
     n, d = z.shape
@@ -184,6 +189,7 @@ def test_invariances(problem, seed, scale):
 
 
 @given(problems(max_batch=0))
+@settings(max_examples=40)
 def test_translation_costs_what_the_formula_says(problem):
     z, _, eps = problem
     n, d = z.shape
@@ -196,6 +202,7 @@ def test_translation_costs_what_the_formula_says(problem):
 
 
 @given(st.integers(0, 2**31 - 1), st.floats(0.05, 2))
+@settings(max_examples=40)
 def test_rate_reduction_is_never_positive_at_equal_error_per_coordinate(seed, eps):
     generator = make_generator(seed)
     bases = random_bases(12, 3, 4, generator=generator, dtype=F64)
@@ -207,6 +214,7 @@ def test_rate_reduction_is_never_positive_at_equal_error_per_coordinate(seed, ep
 
 
 @given(problems())
+@settings(max_examples=40)
 def test_class_rate_is_the_weighted_sum_and_never_exceeds_the_whole(problem):
     z, _, eps = problem
     n = z.shape[-2]
@@ -277,7 +285,7 @@ def test_shrinkage_of_singular_values_at_extreme_weights(weight_exponent):
 
 
 @given(problems())
-@settings(max_examples=30)
+@settings(max_examples=40)
 def test_gradient_is_bounded(problem):
     z, _, eps = problem
     n, d = z.shape[-2:]

@@ -33,10 +33,13 @@ pytestmark = [pytest.mark.site]
 
 _toc = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf8"))
 PAGES = [_toc["root"], *(chapter["file"] for part in _toc["parts"] for chapter in part["chapters"])]
+CONFIG = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf8"))
 NOTEBOOKS = [
     page
     for page in PAGES
-    if (ROOT / f"{page}.md").is_file() and is_notebook((ROOT / f"{page}.md").read_text(encoding="utf8"))
+    if page not in CONFIG["sphinx"]["config"]["notebooks_without"]
+    and (ROOT / f"{page}.md").is_file()
+    and is_notebook((ROOT / f"{page}.md").read_text(encoding="utf8"))
 ]
 
 
@@ -69,7 +72,7 @@ class Visit:
     errors: list[str] = field(default_factory=list)
 
 
-def look_for_trouble(page) -> Visit:  # noqa: ANN001 - playwright's types are optional
+def look_for_trouble(page) -> Visit:
     """Record console errors, script errors, failed requests and requests that leave the disk."""
     visit = Visit(page)
     page.on("console", lambda said: visit.errors.append(f"console: {said.text}") if said.type == "error" else None)
@@ -77,15 +80,17 @@ def look_for_trouble(page) -> Visit:  # noqa: ANN001 - playwright's types are op
     page.on("requestfailed", lambda request: visit.errors.append(f"failed: {request.url}"))
     page.on(
         "request",
-        lambda request: visit.errors.append(f"external: {request.url[:200]}")
-        if not request.url.startswith(("file:", "data:", "blob:", "about:"))
-        else None,
+        lambda request: (
+            visit.errors.append(f"external: {request.url[:200]}")
+            if not request.url.startswith(("file:", "data:", "blob:", "about:"))
+            else None
+        ),
     )
     return visit
 
 
 @pytest.fixture(scope="module", params=WIDTHS)
-def tab(request: pytest.FixtureRequest, browser) -> Iterator[Visit]:  # noqa: ANN001
+def tab(request: pytest.FixtureRequest, browser) -> Iterator[Visit]:
     """One tab of a given width, offline, for all pages."""
     context = browser.new_context(viewport={"width": WIDTHS[request.param], "height": 900}, offline=True)
     context.set_default_timeout(30_000)
@@ -115,7 +120,8 @@ MEASURE = r"""async () => {
     mathErrors: all("mjx-merror, mjx-container [style*='red']").map(e => e.textContent.slice(0, 100)),
     unrendered: all("span.math, div.math", article).filter(e => !e.querySelector("mjx-container")).length,
     rawTex: all("p, li, td, figcaption, dd, div.claim", article)
-      .filter(e => !e.querySelector("pre, code") && /\\\(|\\\[|\$\$/.test(e.textContent)).map(e => e.textContent.slice(0, 100)),
+      .filter(e => !e.querySelector("pre, code") && /\\\(|\\\[|\$\$/.test(e.textContent))
+      .map(e => e.textContent.slice(0, 100)),
     pictures: all("img").map(e => ({src: e.getAttribute("src").slice(0, 80), alt: e.getAttribute("alt"),
       loaded: e.complete && e.naturalWidth > 0})),
     previous: document.querySelector("a.left-prev")?.getAttribute("href"),
@@ -177,14 +183,26 @@ def test_search_box_leads_to_the_search_page(tab: Visit) -> None:
 
 
 CONTRAST = r"""() => {
-  const parse = text => { const n = text.match(/[\d.]+/g).map(Number); return n.length < 4 ? [...n.slice(0, 3), 1] : n; };
-  const behind = e => { for (; e; e = e.parentElement) { const c = parse(getComputedStyle(e).backgroundColor); if (c[3] > 0.99) return c; }
-    return [255, 255, 255, 1]; };
-  const light = c => { const [r, g, b] = c.slice(0, 3).map(v => { v /= 255; return v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4; });
-    return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
-  const css = ".claim p, .claim-kind, .claim a, .chapter-tools a, figcaption span, .crate-source-file, .crate-player-controls *, " +
-    ".admonition a, div.proof a, table.ledger td p, table.ledger a";
-  return Array.from(document.querySelectorAll(css)).filter(e => e.offsetParent && e.textContent.trim()).map(e => {
+  const parse = text => {
+    const parts = text.match(/[\d.]+/g).map(Number);
+    return parts.length < 4 ? [...parts.slice(0, 3), 1] : parts;
+  };
+  const behind = e => {
+    for (; e; e = e.parentElement) {
+      const colour = parse(getComputedStyle(e).backgroundColor);
+      if (colour[3] > 0.99) return colour;
+    }
+    return [255, 255, 255, 1];
+  };
+  const linear = v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
+  const light = colour => {
+    const [r, g, b] = colour.slice(0, 3).map(v => linear(v / 255));
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const ours = ".claim p, .claim-kind, .claim a, .chapter-tools a, figcaption span, .crate-source-file, " +
+    ".crate-player-controls *, .admonition a, div.proof a, table.ledger td p, table.ledger a";
+  const shown = Array.from(document.querySelectorAll(ours)).filter(e => e.offsetParent && e.textContent.trim());
+  return shown.map(e => {
     const a = light(parse(getComputedStyle(e).color)), b = light(behind(e));
     return [(Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05), e.outerHTML.slice(0, 120)];
   }).filter(pair => pair[0] < 4.5);
@@ -192,7 +210,7 @@ CONTRAST = r"""() => {
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_of_our_own_boxes_has_contrast(browser, scheme: str) -> None:  # noqa: ANN001
+def test_text_of_our_own_boxes_has_contrast(browser, scheme: str) -> None:
     context = browser.new_context(color_scheme=scheme, offline=True)
     page = context.new_page()
     for name in PAGES:
@@ -202,7 +220,7 @@ def test_text_of_our_own_boxes_has_contrast(browser, scheme: str) -> None:  # no
     context.close()
 
 
-def test_players_play(browser) -> None:  # noqa: ANN001
+def test_players_play(browser) -> None:
     pages = [name for name in PAGES if 'class="crate-player"' in (HTML / f"{name}.html").read_text(encoding="utf8")]
     if not pages:
         pytest.skip("no page has motion yet")
@@ -235,7 +253,10 @@ def soup(path: Path) -> BeautifulSoup:
 
 def test_links_within_the_site_lead_somewhere() -> None:
     parsed = {path: soup(path) for path in HTML.rglob("*.html")}
-    ids = {path: {tag["id"] for tag in page.select("[id]")} | {tag["name"] for tag in page.select("a[name]")} for path, page in parsed.items()}
+    ids = {
+        path: {tag["id"] for tag in page.select("[id]")} | {tag["name"] for tag in page.select("a[name]")}
+        for path, page in parsed.items()
+    }
     dead = []
     for path, page in parsed.items():
         for link in page.select("a[href]"):

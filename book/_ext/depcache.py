@@ -241,7 +241,7 @@ def digests(env: BuildEnvironment) -> dict[str, str]:
     """Docname -> digest at the last reading, kept with Sphinx's environment."""
     if not hasattr(env, "depcache_digests"):
         env.depcache_digests = {}  # type: ignore[attr-defined]
-    return env.depcache_digests
+    return env.depcache_digests  # type: ignore[attr-defined]
 
 
 def forget_page(app: Sphinx, env: BuildEnvironment, docname: str) -> None:

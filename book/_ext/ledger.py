@@ -34,6 +34,7 @@ from sphinx.util.docutils import SphinxDirective
 
 logger = logging.getLogger(__name__)
 
+
 def inline_nodes(text: str) -> list[nodes.Node]:
     """Text with TeX between dollar signs and code between back quotes, as document nodes."""
     result: list[nodes.Node] = []
@@ -129,7 +130,7 @@ def store(env: BuildEnvironment) -> Store:
     """The extension's store in this environment."""
     if not hasattr(env, "claims_store"):
         env.claims_store = Store()  # type: ignore[attr-defined]
-    return env.claims_store
+    return env.claims_store  # type: ignore[attr-defined]
 
 
 def reading_order(env: BuildEnvironment) -> list[str]:
@@ -210,7 +211,9 @@ def ledger_nodes(app: Sphinx, claims: list[Claim], docname: str) -> list[nodes.N
         ]
         for kind, meaning in KINDS.items()
     ]
-    total = nodes.paragraph("", "", nodes.strong("", f"{len(claims)} claim{'' if len(claims) == 1 else 's'}"), classes=["ledger-total"])
+    total = nodes.paragraph(
+        "", "", nodes.strong("", f"{len(claims)} claim{'' if len(claims) == 1 else 's'}"), classes=["ledger-total"]
+    )
     total += nodes.Text(f", pages with claims: {len({claim.docname for claim in claims})}.")
     result: list[nodes.Node] = [
         total,

@@ -79,7 +79,8 @@ def plain_markdown(text: str) -> str:
                 closing.append((mark, ""))
                 if name in ("solution", "solution-start"):
                     argument = f"to [{argument}](#{argument})"
-                heading = " ".join(part for part in (TITLES.get(name, ""), without_roles(argument)) if part)
+                words = (TITLES.get(name, ""), f"({argument})" if argument and name.startswith("prf:") else argument)
+                heading = " ".join(without_roles(word) for word in words if word)
                 lines += ["", f"**{heading}.**" if heading else "", ""]
             in_options = True
         elif fence and closing and fence[1].startswith(closing[-1][0]) and not fence[2]:
@@ -101,8 +102,23 @@ def macro_definitions(macros: dict[str, str | list]) -> str:
     return "$" + " ".join(result) + "$"
 
 
-def make_notebook(text: str, title: str, macros: dict[str, str | list]) -> NotebookNode:
-    """The notebook of a chapter, from its text."""
+def with_chapter_links(text: str, chapters: dict[str, tuple[str, str]]) -> str:
+    """The text with bare references to chapters (label -> notebook, title) as links to their notebooks."""
+
+    def link(match: re.Match[str]) -> str:
+        words, label = match.groups()
+        if label not in chapters:
+            return match[0]
+        name, title = chapters[label]
+        return f"[{words or title}]({name})"
+
+    return re.sub(r"\{ref\}`(?:([^`<]+?)\s*<)?([\w-]+)>?`", link, text)
+
+
+def make_notebook(
+    text: str, title: str, macros: dict[str, str | list], chapters: dict[str, tuple[str, str]] | None = None
+) -> NotebookNode:
+    """The notebook of a chapter, from its text; `chapters` gives other chapters' labels, notebooks and titles."""
     cells = [
         new_markdown_cell(
             f"*{title}*: a chapter of the CRATE-MAE book, as a notebook. It needs `crate_core` and what its "
@@ -120,7 +136,7 @@ def make_notebook(text: str, title: str, macros: dict[str, str | list]) -> Noteb
             if caption:
                 cells.append(new_markdown_cell(f"*Figure: {without_roles(str(caption))}*"))
         else:
-            markdown = plain_markdown(cell.source)
+            markdown = plain_markdown(with_chapter_links(cell.source, chapters or {}))
             if markdown:
                 cells.append(new_markdown_cell(markdown))
     for index, cell in enumerate(cells):
@@ -130,7 +146,9 @@ def make_notebook(text: str, title: str, macros: dict[str, str | list]) -> Noteb
 
 
 def page_text(app: Sphinx, docname: str) -> str | None:
-    """The text of a page that has cells, else None."""
+    """The text of a page that is offered as a notebook, else None."""
+    if docname in app.config.notebooks_without:
+        return None
     text = Path(app.env.doc2path(docname)).read_text(encoding="utf8")
     return text if is_notebook(text) else None
 
@@ -143,19 +161,28 @@ def add_link(app: Sphinx, doctree: nodes.document, docname: str) -> None:
     if title is not None:
         name = f"{docname.rsplit('/', 1)[-1]}.ipynb"
         link = f'<a class="chapter-notebook" href="{name}" download>Download this chapter as a Jupyter notebook</a>'
-        title.parent.insert(title.parent.index(title) + 1, nodes.raw("", f'<p class="chapter-tools">{link}</p>', format="html"))
+        title.parent.insert(
+            title.parent.index(title) + 1, nodes.raw("", f'<p class="chapter-tools">{link}</p>', format="html")
+        )
 
 
-def write_notebook(app: Sphinx, pagename: str, templatename: str, context: dict, doctree: nodes.document | None) -> None:
+def write_notebook(
+    app: Sphinx, pagename: str, templatename: str, context: dict, doctree: nodes.document | None
+) -> None:
     """As a page is written: write its notebook beside it, and add it to the download menu."""
     del templatename
     text = page_text(app, pagename) if doctree is not None and app.builder.name == "html" else None
     if text is None:
         return
     macros = (app.config.mathjax3_config or {}).get("tex", {}).get("macros", {})
+    chapters = {
+        label: (f"{place[0].rsplit('/', 1)[-1]}.ipynb", place[2])
+        for label, place in app.env.get_domain("std").data["labels"].items()
+        if label.startswith("ch-") and page_text(app, place[0]) is not None
+    }
     target = Path(app.outdir) / f"{pagename}.ipynb"
     target.parent.mkdir(parents=True, exist_ok=True)
-    nbformat.write(make_notebook(text, app.env.titles[pagename].astext(), macros), target)
+    nbformat.write(make_notebook(text, app.env.titles[pagename].astext(), macros, chapters), target)
     for button in context.get("header_buttons", []):
         if button.get("label") == "download-buttons":
             button["buttons"].insert(
@@ -173,6 +200,7 @@ def write_notebook(app: Sphinx, pagename: str, templatename: str, context: dict,
 
 def setup(app: Sphinx) -> dict[str, object]:
     """Register the extension."""
+    app.add_config_value("notebooks_without", [], "html")
     app.connect("doctree-resolved", add_link)
     app.connect("html-page-context", write_notebook, priority=700)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
