@@ -18,11 +18,11 @@ from crate_core.diffusion import forward_noising as forward_noising
 from crate_core.diffusion import probability_flow as probability_flow
 from crate_core.diffusion import reverse_sde as reverse_sde
 from crate_core.diffusion import structured_flow as structured_flow
-from crate_core.layers import DecoderLayer as DecoderLayer
-from crate_core.layers import EncoderLayer as EncoderLayer
 from crate_core.law import compression_bound as compression_bound
 from crate_core.law import denoising_cosine as denoising_cosine
 from crate_core.law import denoising_cosine_law as denoising_cosine_law
+from crate_core.layers import DecoderLayer as DecoderLayer
+from crate_core.layers import EncoderLayer as EncoderLayer
 from crate_core.mixture import LowRankGaussianMixture as LowRankGaussianMixture
 from crate_core.mixture import MixtureSample as MixtureSample
 from crate_core.mixture import coherence as coherence

@@ -11,7 +11,6 @@ from itertools import pairwise
 
 import numpy as np
 import torch
-from scipy.special import wrightomega
 from torch import Tensor
 
 from crate_core.integrators import Field, integrate
@@ -229,6 +228,8 @@ def flow_singular_values(singular: Tensor, beta: float, time: float) -> Tensor:
     start = singular.detach().double().cpu()
     energy = beta * start**2  # beta s_0^2, and its logarithm without underflow
     exponent = math.log(beta) + 2 * start.log() + energy - 2 * beta * time
+    from scipy.special import wrightomega  # here, because scipy would double the time of `import crate_core`
+
     omega = torch.from_numpy(np.asarray(wrightomega(exponent.numpy())))
     # omega = exp(exponent - omega): below exponent = 0 this form keeps digits that omega itself loses to underflow.
     small = start * torch.exp((energy - 2 * beta * time - omega) / 2)

@@ -8,7 +8,6 @@ from itertools import pairwise
 
 import numpy as np
 import torch
-from scipy.integrate import solve_ivp
 from torch import Tensor
 
 Field = Callable[[float, Tensor], Tensor]
@@ -47,6 +46,8 @@ def _dop853(field: Field, z: Tensor, times: list[float]) -> Tensor:
 
     tolerance = 450 * torch.finfo(z.dtype).eps
     start = z.detach().double().cpu().numpy().ravel()
+    from scipy.integrate import solve_ivp  # here, because scipy would double the time of `import crate_core`
+
     solution = solve_ivp(
         flat_field, (times[0], times[-1]), start, method="DOP853", t_eval=times, rtol=tolerance, atol=tolerance
     )

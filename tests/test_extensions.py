@@ -189,9 +189,9 @@ x = y
 
 
 def test_notebook_is_plain_and_complete() -> None:
-    notebook = notebooks.make_notebook(
-        page("x = 1", "y = 2", text=MYST), "Title", {"RR": r"\mathbb{R}", "n": ["|#1|", 1]}
-    )
+    macros: dict[str, str | list] = {"RR": r"\mathbb{R}", "n": ["|#1|", 1]}
+    text_of_page = page("x = 1", "y = 2", text=MYST)
+    notebook = notebooks.make_notebook(text_of_page, "Title", macros, {"ch-c": ("c.ipynb", "Chapter C")})
     nbformat.validate(notebook)
     code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
     assert code[1:] == ["x = 1", "y = 2"]
