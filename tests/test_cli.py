@@ -41,7 +41,8 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
 
 def test_help_imports_nothing_heavy() -> None:
     heavy = ["accelerate", "torchvision", "sklearn", "matplotlib", "tyro", "datasets", "PIL", "tqdm"]
-    code = f"import sys; from crate_core.cli import main; main(['--help']); print([m for m in {heavy} if m in sys.modules])"
+    code = "import sys; from crate_core.cli import main; main(['--help']); "
+    code += f"print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.splitlines()[-1] == "[]"
 
@@ -104,7 +105,12 @@ def test_from_pretraining_to_pictures(capsys: pytest.CaptureFixture[str]) -> Non
     assert main([*command, "--lr", "0.01"]) == 2
     assert "lr (there 0.02, now 0.01)" in capsys.readouterr().err
 
-    assert main(["evaluate", "--checkpoint", "run", "--seeds", "1", "--device", "cpu", "--mask-ratios", "0.5"]) == 0
+    for i in range(24):
+        folder = Path("pictures") / ("dark", "light")[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), 100 * (i % 2) + 4 * i).save(folder / f"{i}.png")
+    evaluation_command = ["evaluate", "--checkpoint", "run", "--data", "folder:pictures", "--seeds", "1"]
+    assert main([*evaluation_command, "--device", "cpu", "--mask-ratios", "0.5"]) == 0
     said = capsys.readouterr()
     assert "raw pixels" in said.out
     assert "5 labels a class" in said.out

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crate_core.denoise import add_noise, nearest_subspace, noise_left, project, project_nearest, tweedie
@@ -45,6 +45,7 @@ def test_tweedie_minimises_the_squared_error():
     assert noise_left(project_nearest(sample.tokens, mix.bases), sample.tokens, sample.clean) > error
 
 
+@settings(max_examples=40)
 @given(st.integers(2, 10), st.integers(1, 5), st.integers(1, 10), st.integers(0, 2**31))
 def test_projections_are_projections(d, components, rank, seed):
     g = seeded(seed)
@@ -70,6 +71,7 @@ def test_small_noise_limit_is_projection_at_second_order():
     assert abs(order - 2) < 0.02
 
 
+@settings(max_examples=40)
 @given(st.integers(0, 2**31), st.floats(0.01, 1.0))
 def test_small_noise_bound_holds_at_any_noise(seed, sigma):
     mix = LowRankGaussianMixture.random(12, 4, 2, orthogonal=False, generator=seeded(seed), dtype=F64)

@@ -106,7 +106,7 @@ def test_forward_noising_refuses(sigmas: list[float]) -> None:
         forward_noising(normal(3, 2), sigmas)
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=6)
 @given(st.integers(0, 1000), st.integers(1, 6), st.integers(0, 4), st.floats(0.05, 3), st.floats(0.05, 3))
 def test_probability_flow_of_one_gaussian(seed: int, rank: int, spare: int, high: float, low: float) -> None:
     if abs(high - low) < 1e-3:
@@ -135,8 +135,8 @@ def test_euler_step_of_the_probability_flow_is_a_partial_denoising() -> None:
 @pytest.mark.parametrize("method", ORDERS)
 def test_order_on_the_probability_flow(method: str) -> None:
     mixture, z, counts = mixture_in_the_plane(), normal(30, 2), [16, 32, 64]
-    reference = integrate(probability_flow_field(mixture), z, [1.0, 0.2], "dop853")[-1]
-    errors = [float((probability_flow(mixture, z, 1.0, 0.2, n, method) - reference).norm()) for n in counts]
+    reference = integrate(probability_flow_field(mixture), z, [1.0, 0.4], "dop853")[-1]
+    errors = [float((probability_flow(mixture, z, 1.0, 0.4, n, method) - reference).norm()) for n in counts]
     assert abs(order_of(errors, counts) - ORDERS[method]) < 0.25
 
 
@@ -148,12 +148,12 @@ def test_probability_flow_runs_back() -> None:
 
 def test_reverse_sde_keeps_the_marginals_of_one_gaussian() -> None:
     mixture = LowRankGaussianMixture(bases_of(6, 1, 2), scales=0.7)
-    start = mixture.sample(10_000, 1.0, generator=seeded(1)).tokens
+    start = mixture.sample(8_000, 1.0, generator=seeded(1)).tokens
     inside_of = mixture.bases[0]
     one = reverse_sde(mixture, start, 1.0, 0.4, 1, seeded(2))
     outside = one - one @ inside_of @ inside_of.mT
     assert abs(float(outside.square().sum(-1).mean()) / (4 * 0.4**2) - 1) < 0.03  # exact outside in a single step
-    many = reverse_sde(mixture, start, 1.0, 0.4, 60, seeded(3))
+    many = reverse_sde(mixture, start, 1.0, 0.4, 40, seeded(3))
     assert abs(float((many @ inside_of).var()) / (0.49 + 0.16) - 1) < 0.04
 
 
@@ -215,7 +215,7 @@ def test_derivative_of_the_flow(time: float) -> None:
 # the structured flow
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=10)
 @given(token_sets, st.floats(-1.5, 3.0))
 def test_closed_form_against_dop853(case: dict, units: float) -> None:
     z, bases, eps, beta = build(case)
@@ -329,8 +329,8 @@ def test_structured_flow_refuses() -> None:
 # there and back with layers
 
 
-@settings(deadline=None, max_examples=20)
-@given(token_sets, st.floats(0.05, 0.8), st.integers(1, 8))
+@settings(deadline=None, max_examples=10)
+@given(token_sets, st.floats(0.05, 0.6), st.integers(1, 6))
 def test_implicit_decoding_inverts_the_layers(case: dict, c: float, steps: int) -> None:
     z, bases, eps, beta = build(case)
     time = c * steps / beta

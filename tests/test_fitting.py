@@ -16,7 +16,7 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(st.integers(1, 4), st.integers(1, 7), st.sampled_from([None, 0.05, 0.3]), st.integers(0, 2**31))
 def test_no_step_lowers_the_likelihood(components, rank, sigma, seed):
     truth = LowRankGaussianMixture.random(8, 3, 2, orthogonal=False, generator=seeded(seed), dtype=F64)
@@ -27,7 +27,7 @@ def test_no_step_lowers_the_likelihood(components, rank, sigma, seed):
     assert sigma is None or fit.sigma == sigma
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(st.integers(1, 5), st.integers(0, 2**31))
 def test_one_component_is_the_maximum_of_the_likelihood(rank, seed):
     """With K = 1 one step ends at the maximum: no other subspace, scales or sigma nearby does better."""

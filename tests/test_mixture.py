@@ -51,6 +51,7 @@ def dense_log_joint(mix: LowRankGaussianMixture, z: torch.Tensor, sigma: float) 
     return mix.weights.log() + normal.log_prob(z[..., None, :])
 
 
+@settings(max_examples=40)
 @given(mixtures(), st.sampled_from([(), (3,), (2, 4)]), st.sampled_from([0.05, 0.3, 2.0]))
 def test_density_posterior_and_estimate_match_dense_covariances(mixture_and_generator, batch, sigma):
     mix, g = mixture_and_generator
@@ -71,6 +72,7 @@ def test_density_posterior_and_estimate_match_dense_covariances(mixture_and_gene
     )
 
 
+@settings(max_examples=40)
 @given(mixtures())
 def test_score_is_the_gradient_of_the_log_density(mixture_and_generator):
     mix, g = mixture_and_generator
@@ -84,6 +86,7 @@ def test_score_is_the_gradient_of_the_log_density(mixture_and_generator):
     torch.testing.assert_close((score * direction).sum(-1), finite.detach(), rtol=1e-5, atol=1e-6)
 
 
+@settings(max_examples=40)
 @given(mixtures(), st.floats(0.05, 3.0))
 def test_denoiser_is_tweedie(mixture_and_generator, sigma):
     mix, g = mixture_and_generator
@@ -170,6 +173,7 @@ def test_weights_and_conversion():
     assert (mix.dim, mix.components, mix.rank) == (6, 2, 2)
 
 
+@settings(max_examples=40)
 @given(st.integers(2, 12), st.integers(1, 6), st.integers(1, 12), st.integers(0, 2**31))
 def test_random_bases_are_orthonormal_and_mutually_orthogonal_when_they_fit(d, components, rank, seed):
     rank = min(rank, d)
