@@ -125,9 +125,10 @@ def test_regularisation_is_chosen_by_validation() -> None:
     noisy[:, 0] += 2 * labels
     assert fit_probe(noisy, labels, seed=0)[1] < max(INVERSE_REGULARIZATION)
     # A boundary that needs large weights: two columns whose small difference is the class.
-    base = generator.normal(size=(2000, 1))
-    fine = np.hstack([base, base + 0.02 * (2 * (np.arange(2000) % 2)[:, None] - 1)])
-    assert fit_probe(fine, np.arange(2000) % 2, seed=0)[1] == max(INVERSE_REGULARIZATION)
+    base = generator.normal(size=(600, 1))
+    classes = np.arange(600) % 2
+    fine = np.hstack([base, base + 0.005 * (2 * classes[:, None] - 1)])
+    assert fit_probe(fine, classes, seed=0)[1] == max(INVERSE_REGULARIZATION)
 
 
 def test_probes_stand_beside_their_controls(model: CrateMAE) -> None:

@@ -16,7 +16,7 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(st.integers(1, 4), st.integers(1, 7), st.sampled_from([None, 0.05, 0.3]), st.integers(0, 2**31))
 def test_no_step_lowers_the_likelihood(components, rank, sigma, seed):
     truth = LowRankGaussianMixture.random(8, 3, 2, orthogonal=False, generator=seeded(seed), dtype=F64)

@@ -143,19 +143,25 @@ def test_finite_differences_converge_with_order_two():
     assert abs(float(slope) - 2) < 0.05
 
 
-def test_gradcheck_through_both_factorisations():
-    """The Cholesky and the QR route differentiate, once through the rates and once through the gradients."""
+@pytest.mark.parametrize("limit", [CHOLESKY_LIMIT, 0.0], ids=["cholesky", "qr"])
+def test_both_factorisations_agree_and_differentiate(limit, monkeypatch):
+    """Once through the rates and once through the gradients; a limit of zero sends everything through QR."""
     generator = make_generator(0)
     bases = torch.randn(2, 4, 2, generator=generator, dtype=F64)
     for shape in ((5, 4), (3, 4), (2, 3, 4)):
         z = torch.randn(shape, generator=generator, dtype=F64).requires_grad_(True)
-        for function in (
+        functions = (
             lambda x: coding_rate(x, 0.5),
             lambda x: subspace_coding_rate(x, bases, 0.5),
             lambda x: coding_rate_grad(x, 0.5),
             lambda x: subspace_coding_rate_grad(x, bases, 0.5),
-        ):
-            assert torch.autograd.gradcheck(function, (z,))
+        )
+        expected = [function(z.detach()) for function in functions]
+        with monkeypatch.context() as patch:
+            patch.setattr("crate_core.rate.CHOLESKY_LIMIT", limit)
+            for function, value in zip(functions, expected, strict=True):
+                torch.testing.assert_close(function(z.detach()), value)
+                assert torch.autograd.gradcheck(function, (z,), fast_mode=True)
 
 
 @given(problems(max_batch=0), st.integers(0, 2**31 - 1), st.floats(0.1, 10))
