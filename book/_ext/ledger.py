@@ -14,6 +14,9 @@ The directive `{claims-ledger}` shows all of them, page by page, with links to t
 by kind. The build warns (and so fails under -W) about a label used twice, an argument that is not a literal, an
 unknown kind, a claim whose box is not among its page's outputs, and a test that does not exist. The warnings
 are repeated in every build until they are mended. `{ref}` works with a claim's label, given a text.
+
+The label of a theorem in the evidence (`thm-rate-grad`) becomes a link to it, "Theorem 3.1", in the ledger and in
+the box; the build warns when there is no such theorem.
 """
 
 import json
@@ -34,6 +37,8 @@ from sphinx.util.docutils import SphinxDirective
 
 logger = logging.getLogger(__name__)
 
+PROOF_LABEL = re.compile(r"\b(?:thm|prop|prp|lem|cor|def)-[a-z0-9]+(?:-[a-z0-9]+)*")
+
 
 def inline_nodes(text: str) -> list[nodes.Node]:
     """Text with TeX between dollar signs and code between back quotes, as document nodes."""
@@ -46,6 +51,42 @@ def inline_nodes(text: str) -> list[nodes.Node]:
         elif piece:
             result.append(nodes.Text(piece))
     return result
+
+
+def theorem(app: Sphinx, label: str, docname: str) -> tuple[str, str]:
+    """What sphinx-proof calls the theorem of this label ("Theorem 3.1"), and where it is, seen from a page."""
+    entry = app.env.proof_list[label]  # type: ignore[attr-defined]
+    numbers = app.env.toc_fignumbers.get(entry["docname"], {}).get(entry["countertype"], {})
+    number = ".".join(str(part) for part in numbers.get(entry["ids"][0], ()))
+    uri = app.builder.get_relative_uri(docname, entry["docname"])
+    return f"{entry['realtype'].title()} {number}".strip(), f"{uri}#{entry['ids'][0]}"
+
+
+def link_theorems(app: Sphinx, doctree: nodes.document, docname: str) -> None:
+    """When a page is written: the labels of theorems in its claims become links."""
+    known = getattr(app.env, "proof_list", {})
+
+    def as_html(match: re.Match[str]) -> str:
+        name, uri = theorem(app, match[0], docname)
+        return f'<a class="reference internal" href="{uri}">{name}</a>'
+
+    for node in list(doctree.findall(nodes.raw)):
+        if '<div class="claim ' in node.astext():
+            head, mark, detail = node.astext().partition('<p class="claim-detail">')
+            linked = PROOF_LABEL.sub(lambda match: as_html(match) if match[0] in known else match[0], detail)
+            node.replace_self(nodes.raw("", head + mark + linked, format=node["format"]))
+    for node in list(doctree.findall(nodes.Text)):
+        inside = node.parent.parent["classes"] if isinstance(node.parent, nodes.paragraph) else []
+        if "claim" not in inside and "ledger-how-it-is-checked" not in inside:
+            continue
+        pieces: list[nodes.Node] = []
+        for piece in re.split(f"({PROOF_LABEL.pattern})", node):
+            if piece in known:
+                name, uri = theorem(app, piece, docname)
+                pieces.append(nodes.reference("", name, refuri=uri, internal=True))
+            elif piece:
+                pieces.append(nodes.Text(piece))
+        node.parent.replace(node, pieces)
 
 
 def kind_node(kind: str) -> nodes.inline:
@@ -171,6 +212,11 @@ def check_all(app: Sphinx, env: BuildEnvironment) -> list[str]:
     for docname, problems in kept.problems.items():
         for problem in problems:
             logger.warning(problem, location=docname, type="ledger")
+    known = getattr(env, "proof_list", {})
+    for claim in claims:
+        for label in PROOF_LABEL.findall(claim.evidence):
+            if label not in known:
+                logger.warning(f"{claim.label}: there is no theorem {label}", location=claim.docname, type="ledger")
     places: dict[str, list[str]] = {}
     for claim in claims:
         places.setdefault(claim.label, []).append(claim.docname)
@@ -276,6 +322,7 @@ def setup(app: Sphinx) -> dict[str, object]:
     app.connect("doctree-read", collect)
     app.connect("env-updated", check_all)
     app.connect("doctree-resolved", fill_in)
+    app.connect("doctree-resolved", link_theorems, priority=600)
     app.connect("env-purge-doc", forget_page)
     app.connect("env-merge-info", merge_pages)
     return {"version": "1", "env_version": 1, "parallel_read_safe": True, "parallel_write_safe": True}
