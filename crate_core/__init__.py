@@ -19,6 +19,7 @@ from crate_core.diffusion import probability_flow as probability_flow
 from crate_core.diffusion import reverse_sde as reverse_sde
 from crate_core.diffusion import structured_flow as structured_flow
 from crate_core.law import compression_bound as compression_bound
+from crate_core.law import contraction_bound as contraction_bound
 from crate_core.law import denoising_cosine as denoising_cosine
 from crate_core.law import denoising_cosine_law as denoising_cosine_law
 from crate_core.layers import DecoderLayer as DecoderLayer
@@ -28,12 +29,13 @@ from crate_core.mixture import MixtureSample as MixtureSample
 from crate_core.mixture import coherence as coherence
 from crate_core.mixture import random_bases as random_bases
 from crate_core.model import CrateMAE as CrateMAE
-from crate_core.model import CrateMAEOutput as CrateMAEOutput
-from crate_core.model import Reconstruction as Reconstruction
+from crate_core.outputs import CrateMAEOutput as CrateMAEOutput
+from crate_core.outputs import Reconstruction as Reconstruction
 from crate_core.patches import patchify as patchify
 from crate_core.patches import random_masking as random_masking
 from crate_core.patches import sincos_positions as sincos_positions
 from crate_core.patches import unpatchify as unpatchify
+from crate_core.rate import class_coding_rate as class_coding_rate
 from crate_core.rate import coding_rate as coding_rate
 from crate_core.rate import coding_rate_grad as coding_rate_grad
 from crate_core.rate import rate_reduction as rate_reduction

@@ -235,8 +235,10 @@ class LowRankGaussianMixture:
         elif labels.shape != (n,) or int(labels.min()) < 0 or int(labels.max()) >= self.components:
             raise ValueError(f"labels must be {n} integers in [0, {self.components}), got shape {tuple(labels.shape)}")
         options: dict[str, Any] = {"generator": generator, "dtype": self.bases.dtype, "device": self.bases.device}
-        coefficients = torch.randn(n, self.rank, **options) * self.scales[labels]
-        clean = torch.einsum("ndp,np->nd", self.bases[labels], coefficients)
+        # Coordinates in all subspaces, zero but for the own one: one product, where bases[labels] would be n x d x p.
+        coordinates = self.bases.new_zeros(n, self.components, self.rank)
+        coordinates[torch.arange(n), labels] = torch.randn(n, self.rank, **options) * self.scales[labels]
+        clean = torch.einsum("nkp,kdp->nd", coordinates, self.bases)
         noise = torch.randn(n, self.dim, **options)
         return MixtureSample(tokens=clean + sigma * noise, clean=clean, labels=labels)
 

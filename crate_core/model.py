@@ -4,7 +4,6 @@ Book: :ref:`ch-crate-mae`; the layers are derived in :ref:`ch-layers`.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from crate_core.config import CrateMAEConfig
 from crate_core.layers import DecoderLayer, EncoderLayer
+from crate_core.outputs import CrateMAEOutput, Reconstruction
 from crate_core.patches import (
     gather_tokens,
     normalize_patches,
@@ -33,44 +33,12 @@ from crate_core.pretrained import (
     save_model,
     unwrap_state_dict,
 )
-from crate_core.shapes import Images, Patches, PatchMask, PatchNoise, PatchOrder, Tokens
+from crate_core.shapes import Images, Patches, PatchNoise, Tokens
 
 MODEL_TYPE = "crate-mae"
 """What ``config.json`` says under ``model_type``."""
 END_NORM_EPS = 1e-6
 """Added to the variance in the LayerNorms after the encoder and after the decoder."""
-
-
-@dataclass(frozen=True)
-class CrateMAEOutput:
-    """What a forward pass returns; names as in transformers' ViTMAE."""
-
-    loss: Tensor
-    """Mean squared error over removed patches; not a number when none is removed."""
-    logits: Patches
-    """Predicted patches (B, L, P*P*C), in the units of the targets."""
-    mask: PatchMask
-    """(B, L), 1 where a patch was removed."""
-    ids_restore: PatchOrder
-    """(B, L), position of each patch in the order of increasing noise."""
-    hidden_states: tuple[Tensor, ...] | None = None
-    """Encoder tokens (B, n, d): the embedding, then the output of each layer; when asked for."""
-    attentions: tuple[Tensor, ...] | None = None
-    """Encoder attention weights (B, K, n, n) of each layer; when asked for."""
-    decoder_hidden_states: tuple[Tensor, ...] | None = None
-    """Decoder tokens (B, n, d): its input, then the output of each layer; with the encoder's."""
-
-
-@dataclass(frozen=True)
-class Reconstruction:
-    """Pictures (B, C, H, W) in the units of the input: ``masked`` input (removed patches at the pixel mean),
-    ``predicted`` by the model everywhere, ``pasted``: visible patches of the input and predictions elsewhere;
-    and the ``mask`` (B, L)."""
-
-    masked: Images
-    predicted: Images
-    pasted: Images
-    mask: PatchMask
 
 
 class CrateMAE(nn.Module):
@@ -305,21 +273,23 @@ class CrateMAE(nn.Module):
             filled = torch.where(mask[..., None] > 0, self.mask_token.to(embedded.dtype), embedded)
             x = self.with_class_token(filled) + positions
 
-        hidden_states, attentions = [x], []
+        hidden_states, decoder_hidden_states, attentions = [x], [], []
         for layer in cast(Iterable[EncoderLayer], self.encoder):
             if output_attentions:
                 attentions.append(layer.attention.weights(layer.norm_attention(x)))
             x = layer(x)
-            hidden_states.append(x)
+            if output_hidden_states:
+                hidden_states.append(x)
         y = self.encoder_norm(x)
 
         if self.config.encode_visible_only:
             patches = restore_tokens(y[:, 1:], self.mask_token, masking.ids_restore)
             y = torch.cat([y[:, :1], patches], dim=1) + positions
-        decoder_hidden_states = [y]
+        decoder_hidden_states.append(y)
         for reverse in self.decoder:
             y = reverse(y)
-            decoder_hidden_states.append(y)
+            if output_hidden_states:
+                decoder_hidden_states.append(y)
 
         logits = self.prediction(self.decoder_norm(y))[:, 1:]
         error = (logits - self.targets(images)).square().mean(dim=-1)  # (B, L)
