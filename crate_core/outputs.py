@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from crate_core.shapes import Images, Patches, PatchMask
+from crate_core.shapes import Images, Patches, PatchMask, PatchOrder
 
 
 @dataclass(frozen=True)
