@@ -9,6 +9,7 @@ pretraining seeds, and provenance.  Runs go to ``--runs`` and are continued or r
 """
 
 import argparse
+import json
 import shlex
 import statistics
 import sys
@@ -20,7 +21,7 @@ import torch
 
 from crate_core.evaluate import evaluate
 from crate_core.recipes import PretrainConfig
-from crate_core.runs import device_name, provenance, write_json
+from crate_core.runs import RUN_FILE, device_name, provenance, write_json
 from crate_core.train import pretrain
 
 
@@ -33,6 +34,11 @@ def spread(values: list[float]) -> dict[str, Any]:
     }
 
 
+def started_from(run: Path) -> str:
+    """The commit that a run was first started from."""
+    return json.loads((run / RUN_FILE).read_text())["starts"][0]["commit"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Pretrain and probe the digits preset over seeds.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -42,6 +48,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("results/digits-pretrain.json"))
     options = parser.parse_args()
 
+    # Taken now: a checkout can move on while the runs go on.
+    origin = provenance(shlex.join(["python", "benchmarks/digits.py", *sys.argv[1:]]), device_name(torch.device("cpu")))
     runs = []
     for seed in options.seeds:
         config = PretrainConfig.from_preset(
@@ -51,9 +59,12 @@ def main() -> None:
             device="cpu",
             output_dir=str(options.runs / f"ratio-{options.mask_ratio:g}-seed-{seed}"),
         )
-        start = time.perf_counter()
+        wall, processor = time.perf_counter(), time.process_time()
         result = pretrain(config, progress=sys.stderr.isatty())
-        seconds = time.perf_counter() - start
+        seconds = {
+            "wall": round(time.perf_counter() - wall, 1),
+            "processor": round(time.process_time() - processor, 1),
+        }
         record = evaluate(result.output_dir, seeds=options.probe_seeds)
         runs.append((result, record, seconds))
 
@@ -72,7 +83,8 @@ def main() -> None:
         "probe_seeds": first["seeds"],
         "spread": "over pretraining seeds, of means over probe seeds",
         "steps": [result.steps for result, _, _ in runs],
-        "pretraining_seconds": [round(seconds, 1) for _, _, seconds in runs],
+        "pretraining_seconds": [seconds for _, _, seconds in runs],
+        "commits": [started_from(result.output_dir) for result, _, _ in runs],
         "train_loss": spread([result.train_loss for result, _, _ in runs]),
         "held_out_loss": spread([result.held_out_loss for result, _, _ in runs]),
         "trivial_loss": {
@@ -82,7 +94,7 @@ def main() -> None:
         "linear_probe": probes,
         "linear_probe_by_run": [record["linear_probe"] for _, record, _ in runs],
         "reconstruction_by_run": [record["reconstruction"] for _, record, _ in runs],
-        **provenance(shlex.join(["python", "benchmarks/digits.py", *sys.argv[1:]]), device_name(torch.device("cpu"))),
+        **origin,
     }
     options.output.parent.mkdir(parents=True, exist_ok=True)
     write_json(options.output, content)

@@ -106,7 +106,7 @@ def probability_flow(
 
     Raises ``ValueError`` for levels that are not positive, steps < 1, or an unknown method.
 
-    Book: :ref:`ch-diffusion`.  The Euler step is the deterministic sampler common in the diffusion literature.
+    Book: :ref:`ch-diffusion`, :eq:`eq-diff-pf`, :prf:ref:`thm-diff-back`.
     """
     return integrate(probability_flow_field(mixture), z, noise_levels(sigma_from, sigma_to, steps), method)[-1]
 
@@ -183,7 +183,7 @@ def structured_flow(z: Tokens, bases: Bases, eps: float, time: float, steps: int
     ValueError
         If eps <= 0, the bases do not fit, steps < 1, or the method is unknown.
 
-    Book: :ref:`ch-structured-ode`.
+    Book: :ref:`ch-structured-ode`, :eq:`eq-sode-def`.
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
@@ -219,7 +219,7 @@ def flow_singular_values(singular: Tensor, beta: float, time: float) -> Tensor:
     ValueError
         If beta <= 0, time is not finite or a singular value is negative.
 
-    Book: :ref:`ch-structured-ode`.
+    Book: :ref:`ch-structured-ode`, :eq:`eq-sode-omega`, :prf:ref:`thm-sode-closed`.
     """
     if not beta > 0 or not math.isfinite(time):
         raise ValueError(f"need beta > 0 and a finite time, got beta = {beta}, time = {time}")
@@ -290,7 +290,7 @@ def exact_structured_flow(z: Tokens, bases: Bases, eps: float, time: float) -> T
     ValueError
         If eps <= 0, the bases do not fit, are not orthonormal or not mutually orthogonal.
 
-    Book: :ref:`ch-structured-ode`.
+    Book: :ref:`ch-structured-ode`, :eq:`eq-sode-closed`, :prf:ref:`thm-sode-closed`.
     """
     check_bases(z, bases)
     check_mutually_orthogonal(bases)
@@ -343,7 +343,7 @@ def round_trip_bound(c: float, steps: int) -> float:
 
     for mutually orthogonal subspaces, with P the projection on their sum.
 
-    Raises ``ValueError`` unless 0 <= c < 1 and steps >= 1.  Book: :ref:`ch-structured-ode`.
+    ``ValueError`` unless 0 <= c < 1 and steps >= 1.  Book: :ref:`ch-structured-ode`, :prf:ref:`thm-sode-round-trip`.
     """
     if not 0 <= c < 1 or steps < 1:
         raise ValueError(f"need 0 <= c < 1 and steps >= 1, got c = {c}, steps = {steps}")

@@ -212,7 +212,8 @@ PRESETS: dict[str, Preset] = {
             "augmentation": "none",
             "checkpoint_every": 500,
         },
-        cost="under three minutes on two CPU cores",
+        cost="about 150 s of processor time on one x86-64 core (3,371 steps)",
+        loss=(0.26, 0.30),  # three seeds: 0.278 +- 0.005; widened to four standard deviations
     ),
     "cifar10": Preset(
         fields={

@@ -118,6 +118,8 @@ def test_digest_moves_no_line() -> None:
 def test_magics_do_not_hide_imports() -> None:
     tree = depcache.page_code(page("%matplotlib inline\nfrom pkg.low import f\n!ls"))
     assert "from pkg.low import f" in ast.unparse(tree)
+    plain = "x = (\n    5\n    % 3\n)"  # a line of plain Python that begins as a magic does
+    assert [code for _, code in depcache.code_cells(page(plain))] == [plain]
 
 
 # ---- ledger: reading and checking claims ----

@@ -145,10 +145,15 @@ def foreign_imports(tree: ast.AST) -> set[str]:
 
 
 def code_cells(text: str) -> Iterator[tuple[int, str]]:
-    """(Index, source) of the code cells of a MyST-Markdown page; IPython's magics and shell lines left out."""
+    """(Index, source) of the code cells of a MyST-Markdown page; in cells that are not plain Python, IPython's
+    magics and shell lines are left out."""
     for index, cell in enumerate(jupytext.reads(text, fmt="md:myst").cells):
         if cell.cell_type == "code":
-            yield index, re.sub(r"(?m)^\s*[%!].*$", "pass", cell.source)
+            try:
+                ast.parse(cell.source)  # a line of plain Python may begin with % too
+                yield index, cell.source
+            except SyntaxError:
+                yield index, re.sub(r"(?m)^\s*[%!].*$", "pass", cell.source)
 
 
 def page_code(text: str) -> ast.Module:
