@@ -5,6 +5,7 @@ stops (--keep-going). A failed build forgets what Sphinx has read, though not wh
 does not repeat a warning about a page that it does not read again, so a second try would otherwise pass.
 """
 
+import os
 import subprocess
 import sys
 import time
@@ -17,7 +18,9 @@ def build(root: Path = ROOT, extra: tuple[str, ...] = ()) -> int:
     """Build the book at `root` into `root/_build/html`; the exit status is 0 only without a warning."""
     start = "import sys; from jupyter_book.cli.main import main; sys.exit(main())"  # it has no __main__
     command = [sys.executable, "-c", start, "build", str(root), "-W", "-n", "--keep-going", *extra]
-    status = subprocess.run(command, cwd=root, check=False).returncode
+    # Most matrices in cells are small: a second thread gains little, and costs minutes when others share the cores.
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    status = subprocess.run(command, cwd=root, env=environment, check=False).returncode
     if status != 0:
         (root / "_build" / ".doctrees" / "environment.pickle").unlink(missing_ok=True)
     return status
