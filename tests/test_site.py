@@ -77,7 +77,14 @@ def look_for_trouble(page) -> Visit:
     visit = Visit(page)
     page.on("console", lambda said: visit.errors.append(f"console: {said.text}") if said.type == "error" else None)
     page.on("pageerror", lambda error: visit.errors.append(f"script: {error}"))
-    page.on("requestfailed", lambda request: visit.errors.append(f"failed: {request.url}"))
+    page.on(
+        "requestfailed",
+        lambda request: (
+            visit.errors.append(f"failed: {request.url} ({request.failure})")
+            if request.failure != "net::ERR_ABORTED"  # what was still loading when the test left the page before
+            else None
+        ),
+    )
     page.on(
         "request",
         lambda request: (
@@ -155,7 +162,7 @@ def test_page_works_from_disk(tab: Visit, name: str) -> None:
 def test_index_leads_to_the_first_page(tab: Visit) -> None:
     tab.errors.clear()
     tab.page.goto((HTML / "index.html").as_uri())
-    tab.page.wait_for_url(f"**/{PAGES[0]}.html")
+    tab.page.wait_for_url(f"**/{PAGES[0]}.html", wait_until="load")
     assert tab.errors == []
 
 
