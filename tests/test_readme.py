@@ -1,5 +1,6 @@
 """What README tells a newcomer to type works as written."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -17,7 +18,9 @@ def code_blocks(language: str) -> list[str]:
 
 
 def run(arguments: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(arguments, cwd=cwd, capture_output=True, text=True, timeout=600)
+    # The clone's own package, whether or not it is installed.
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(arguments, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
 
 
 def test_python_script_runs_as_printed(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from depcache import code_cells
 
 KINDS = {
-    "proved": "a theorem with its proof stands in the page; the cell checks it on numbers",
+    "proved": "a proof stands in the page; the cell checks it on numbers",
     "symbolic": "computer algebra shows it exactly",
     "numerical": "a cell or a test checks it, on the cases named",
     "counterexample": "something commonly said fails; the cell shows the case",
