@@ -94,8 +94,8 @@ def load_weights(path: str | Path) -> StateDict:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except DAMAGED_FILE_ERRORS as error:
-        # Torch's message opens with how to load the file all the same, by executing what is in it; its end is the reason.
-        reason = str(error).rpartition("WeightsUnpickler error: ")[2].splitlines()[:1]
+        # Torch's message opens with how to load the file all the same, by executing it; the reason comes last.
+        reason = str(error).rpartition("WeightsUnpickler error:")[2].strip().splitlines()[:1]
         raise ValueError(
             f"{path} was refused: accepted are .safetensors files and PyTorch files that hold tensors only "
             f"(read with weights_only=True). {''.join(reason)}"
