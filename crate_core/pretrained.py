@@ -94,11 +94,12 @@ def load_weights(path: str | Path) -> StateDict:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except DAMAGED_FILE_ERRORS as error:
-        # Torch's message opens with how to load the file all the same, by executing it; the reason comes last.
-        reason = str(error).rpartition("WeightsUnpickler error:")[2].strip().splitlines()[:1]
+        # Torch's message opens with how to load the file all the same, by executing it, and ends with a link.
+        parts = [part.strip() for part in re.split(r"\n\s*\n|WeightsUnpickler error:", str(error))]
+        reason = " ".join(part for part in parts if not part.startswith(("Weights only load failed", "Check the doc")))
         raise ValueError(
             f"{path} was refused: accepted are .safetensors files and PyTorch files that hold tensors only "
-            f"(read with weights_only=True). {''.join(reason)}"
+            f"(read with weights_only=True). {reason}"
         ) from error
     return unwrap_state_dict(content, source=str(path))
 
