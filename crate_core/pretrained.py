@@ -94,9 +94,10 @@ def load_weights(path: str | Path) -> StateDict:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except DAMAGED_FILE_ERRORS as error:
-        # Torch's message opens with how to load the file all the same, by executing it, and ends with a link.
+        # Torch's message also says how to load the file all the same, by executing it; only the reason is passed on.
         parts = [part.strip() for part in re.split(r"\n\s*\n|WeightsUnpickler error:", str(error))]
         reason = " ".join(part for part in parts if not part.startswith(("Weights only load failed", "Check the doc")))
+        reason = reason.partition(" Please use")[0]
         raise ValueError(
             f"{path} was refused: accepted are .safetensors files and PyTorch files that hold tensors only "
             f"(read with weights_only=True). {reason}"

@@ -8,6 +8,7 @@ import argparse
 import math
 import os
 import pickle
+import re
 
 import pytest
 import torch
@@ -316,10 +317,13 @@ def test_a_pickle_that_would_execute_code_is_refused_unexecuted(tmp_path, writer
         torch.save(content, path)
     else:
         path.write_bytes(pickle.dumps(content, protocol=2))
-    with pytest.raises(ValueError, match=r"checkpoint\.pth was refused.*GLOBAL posix.system") as caught:
+    with pytest.raises(ValueError, match=r"checkpoint\.pth was refused.*GLOBAL") as caught:
         CrateMAE.from_reference(path)
     assert not trace.exists()
-    assert "Re-running" not in str(caught.value)  # torch's own message says how to execute it all the same
+    # Torch's own message says how to execute the file all the same.
+    assert not re.search("Re-running|safe_globals", str(caught.value))
+        re.findall(r"[\w-]+", str(caught.value))
+    )  # torch's own message says how to execute it all the same
 
 
 @pytest.fixture(scope="module")
