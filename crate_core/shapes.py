@@ -21,7 +21,7 @@ axis      meaning
 Book: :ref:`ch-notation`.
 """
 
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 Tokens = Float[Tensor, "*batch n d"]
@@ -83,6 +83,3 @@ PatchIndex = Int[Tensor, "B L_sub"]
 
 PatchOrder = Int[Tensor, "B L"]
 """One index for each patch, per image."""
-
-PatchFlags = Bool[Tensor, "B L"]
-"""A yes/no per patch."""
