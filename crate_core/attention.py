@@ -4,10 +4,11 @@ Book: :ref:`ch-attention`.
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from crate_core.rate import head_coordinates, subspace_beta, subspace_coding_rate_grad
 from crate_core.shapes import AttentionWeights, Bases, Heads, Tokens
@@ -35,11 +36,45 @@ def attention_weights(v: Heads, scale: float) -> AttentionWeights:
     return torch.softmax(scale * (v @ v.mT), dim=-1)
 
 
-def attend(v: Heads, scale: float) -> Heads:
+SHORT_ATTENTION = 256
+"""Tokens up to which bfloat16 attention on a CPU keeps its weights for the backward pass."""
+
+
+class ShortSharedAttention(torch.autograd.Function):
+    r"""Attention with one shared projection that keeps its weights, with its gradient in closed form,
+
+    .. math:: O = A V, \quad A = \mathrm{softmax}(\alpha V V^\top), \qquad
+              \nabla_V = A^\top G + \alpha\,(S + S^\top) V, \quad
+              S = A \odot \big(G V^\top - (G V^\top \odot A)\,\mathbf{1}\mathbf{1}^\top\big),
+
+    for a gradient G of the output.  Six matrix products in all.  PyTorch's fused attention on a CPU stores no weights,
+    but its backward pass in bfloat16 is many times slower than these products; for few tokens the weights are small.
+
+    Book: :ref:`ch-cost`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, v: Tensor, scale: float) -> Tensor:
+        weights = torch.softmax(torch.bmm(v, v.mT) * scale, dim=-1)
+        ctx.save_for_backward(v, weights)
+        ctx.scale = scale
+        return torch.bmm(weights, v)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        v, weights = ctx.saved_tensors
+        to_weights = torch.bmm(gradient, v.mT)
+        to_scores = weights * (to_weights - (to_weights * weights).sum(-1, keepdim=True))
+        to_values = torch.bmm(weights.mT, gradient)
+        return torch.baddbmm(to_values, to_scores + to_scores.mT, v, alpha=ctx.scale), None
+
+
+def attend(v: Heads, scale: float, values: Heads | None = None) -> Heads:
     r"""Self-attention with one shared projection as query, key and value, :math:`A_k V_k` as rows.
 
-    Equal to ``attention_weights(v, scale) @ v``.  Where PyTorch has a fused kernel (always on a CPU) the n x n weights
-    are not stored, and memory grows linearly in n.
+    Equal to ``attention_weights(v, scale) @ v``, or ``@ values`` where these are given.  Where PyTorch has a fused
+    kernel (always on a CPU) the n x n weights are not stored, and memory grows linearly in n; the exception is
+    :class:`ShortSharedAttention`.
 
     Parameters
     ----------
@@ -47,6 +82,8 @@ def attend(v: Heads, scale: float) -> Heads:
         Coordinates of the tokens in each subspace, tokens as rows.
     scale : float
         The factor alpha of the inner products.
+    values : tensor (..., K, n, p), optional
+        What to average instead of v itself: a departure from the paper, for ablation.
 
     Returns
     -------
@@ -55,7 +92,11 @@ def attend(v: Heads, scale: float) -> Heads:
     Book: :ref:`ch-attention`, :prf:ref:`thm-attention-gate`.
     """
     flat = v.reshape(math.prod(v.shape[:-3]), *v.shape[-3:])  # the kernels that store no weights take one batch axis
-    return F.scaled_dot_product_attention(flat, flat, flat, scale=scale).reshape(v.shape)
+    averaged = flat if values is None else values.reshape(flat.shape)
+    short = v.shape[-2] <= SHORT_ATTENTION and v.dtype == torch.bfloat16 and v.device.type == "cpu"
+    if short and values is None and torch.is_grad_enabled():
+        return ShortSharedAttention.apply(flat.flatten(0, 1), scale).reshape(v.shape)
+    return F.scaled_dot_product_attention(flat, flat, averaged, scale=scale).reshape(v.shape)
 
 
 def mssa(z: Tokens, bases: Bases, *, scale: float = 1.0, eps: float | None = None) -> Tokens:
@@ -191,6 +232,9 @@ class MSSA(nn.Module):
         Token dimension d.
     heads : int
         Number of subspaces K; must divide dim, p = d / K.
+    separate_values : bool
+        Ablation: average :math:`W_v Z`, a projection of its own (``values``, d^2 parameters more), in the place of
+        :math:`V_k`.
 
     Raises
     ------
@@ -205,13 +249,14 @@ class MSSA(nn.Module):
     Book: :ref:`ch-attention`.
     """
 
-    def __init__(self, dim: int, heads: int) -> None:
+    def __init__(self, dim: int, heads: int, separate_values: bool = False) -> None:
         super().__init__()
         if heads < 1 or dim % heads:
             raise ValueError(f"heads must divide dim, got dim={dim}, heads={heads}")
         self.heads = heads
         self.scale = 1.0 / math.sqrt(dim // heads)
         self.project = nn.Linear(dim, dim, bias=False)
+        self.values = nn.Linear(dim, dim, bias=False) if separate_values else None
         self.output = nn.Linear(dim, dim)
 
     @property
@@ -221,7 +266,11 @@ class MSSA(nn.Module):
 
     def head_coordinates(self, z: Tokens) -> Heads:
         r"""Coordinates :math:`V_k = U_k^\top Z` as rows, (..., K, n, p).  Book: :ref:`ch-attention`."""
-        return self.project(z).unflatten(-1, (self.heads, -1)).transpose(-3, -2)
+        return self.split_heads(self.project(z))
+
+    def split_heads(self, z: Tokens) -> Heads:
+        """Tokens (..., n, d) as heads (..., K, n, p)."""
+        return z.unflatten(-1, (self.heads, -1)).transpose(-3, -2)
 
     def weights(self, z: Tokens) -> AttentionWeights:
         """The weights (..., K, n, n) that ``forward`` does not store.  Book: :ref:`ch-attention`."""
@@ -229,5 +278,6 @@ class MSSA(nn.Module):
 
     def forward(self, z: Tokens) -> Tokens:
         """Tokens (..., n, d) to tokens (..., n, d).  Book: :ref:`ch-attention`."""
-        attended = attend(self.head_coordinates(z), self.scale)  # (..., K, n, p)
+        values = None if self.values is None else self.split_heads(self.values(z))
+        attended = attend(self.head_coordinates(z), self.scale, values)  # (..., K, n, p)
         return self.output(attended.transpose(-3, -2).flatten(-2))

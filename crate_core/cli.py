@@ -125,7 +125,8 @@ def parse(
                 kind,
                 prog=f"crate {name}",
                 args=list(arguments),
-                config=(tyro.conf.PositionalRequiredArgs,) if positional else (),
+                # A default says which of several dataclasses a field holds: no subcommand for it.
+                config=(tyro.conf.AvoidSubcommands, *((tyro.conf.PositionalRequiredArgs,) if positional else ())),
                 **options,
             )
     except SystemExit as end:
@@ -208,13 +209,13 @@ def run_reconstruct(arguments: Sequence[str], command: str) -> None:
         raise UsageError("give either --images FILE ... or --data")
     import math
 
+    from crate_core.architectures import load_model
     from crate_core.data import open_data
-    from crate_core.model import CrateMAE
     from crate_core.reconstruction import save_reconstructions, some_pictures
     from crate_core.sources import FileImages, ImageSource
     from crate_core.stream import Stream, mask_noise
 
-    model = CrateMAE.from_pretrained(options.checkpoint)
+    model = load_model(options.checkpoint)
     source: ImageSource
     if options.data is None:
         missing = [name for name in options.images if not Path(name).is_file()]

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from crate_core.architectures import load_model
 from crate_core.data import open_data
-from crate_core.model import CrateMAE
 from crate_core.probe import linear_probes
 from crate_core.reconstruction import reconstruction_by_ratio, some_pictures
 from crate_core.runs import RUN_FILE, device_name, provenance, write_json
@@ -46,7 +46,7 @@ def evaluate(
 
     Parameters
     ----------
-    checkpoint : directory or Hub id, as ``CrateMAE.from_pretrained`` takes.
+    checkpoint : directory or Hub id, as :func:`crate_core.architectures.load_model` takes.
     data : as :func:`crate_core.data.open_data` takes; what the checkpoint was trained on unless given.
     seeds : how many seeds, at least 1.
     labels_per_class, mask_ratios : see :func:`crate_core.probe.linear_probes` and
@@ -68,7 +68,7 @@ def evaluate(
     """
     if seeds < 1:
         raise ValueError(f"seeds={seeds}: at least 1 is needed")
-    model = CrateMAE.from_pretrained(checkpoint).to(device)
+    model = load_model(checkpoint).to(device)
     spec, root = (data, "data") if data is not None else run_data(checkpoint)
     pictures = open_data(spec, root)
     labelled = pictures.train.labels is not None

@@ -7,11 +7,25 @@ from torch import nn
 
 from crate_core.attention import MSSA
 from crate_core.config import CrateMAEConfig
-from crate_core.shapes import Tokens
-from crate_core.sparsify import ISTA
+from crate_core.shapes import AttentionWeights, Tokens
+from crate_core.sparsify import ISTA, OvercompleteISTA
 
 LAYER_NORM_EPS = 1e-5
-"""Added to the variance in the LayerNorms inside layers."""
+"""Added to the variance in the norms inside layers."""
+
+
+def make_norm(config: CrateMAEConfig) -> nn.Module:
+    """The norm inside layers that the configuration names: LayerNorm as published, RMSNorm, or none."""
+    if config.norm == "none":
+        return nn.Identity()
+    return (nn.LayerNorm if config.norm == "layer" else nn.RMSNorm)(config.dim, eps=LAYER_NORM_EPS)
+
+
+def make_sparsify(config: CrateMAEConfig) -> nn.Module:
+    """The ISTA step as published, or the over-complete one of an ``expansion`` above 1."""
+    if config.expansion == 1:
+        return ISTA(config.dim, config.eta, config.lambd)
+    return OvercompleteISTA(config.dim, config.expansion * config.dim, config.eta, config.lambd)
 
 
 class EncoderLayer(nn.Module):
@@ -20,19 +34,24 @@ class EncoderLayer(nn.Module):
     .. math:: U = X + \mathrm{MSSA}(\mathrm{LN}(X)), \qquad
               X' = \mathrm{ISTA}(\mathrm{LN}(U) \mid D),
 
-    on tokens (B, n, d).  Book: :ref:`ch-layers`.  The authors' published code.
+    on tokens (B, n, d).  Book: :ref:`ch-layers`.  The authors' published code; the configuration's ablations put
+    another norm, attention or dictionary in its place.
     """
 
     def __init__(self, config: CrateMAEConfig) -> None:
         super().__init__()
-        self.norm_attention = nn.LayerNorm(config.dim, eps=LAYER_NORM_EPS)
-        self.attention = MSSA(config.dim, config.heads)
-        self.norm_sparsify = nn.LayerNorm(config.dim, eps=LAYER_NORM_EPS)
-        self.sparsify = ISTA(config.dim, config.eta, config.lambd)
+        self.norm_attention = make_norm(config)
+        self.attention = MSSA(config.dim, config.heads, config.separate_values)
+        self.norm_sparsify = make_norm(config)
+        self.sparsify = make_sparsify(config)
 
     def compress(self, x: Tokens) -> Tokens:
         """The half step U = X + MSSA(LN(X))."""
         return x + self.attention(self.norm_attention(x))
+
+    def attention_weights(self, x: Tokens) -> AttentionWeights:
+        """The weights (B, K, n, n) of the layer's attention at its input x."""
+        return self.attention.weights(self.norm_attention(x))
 
     def forward(self, x: Tokens) -> Tokens:
         return self.sparsify(self.norm_sparsify(self.compress(x)))
@@ -48,10 +67,10 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: CrateMAEConfig) -> None:
         super().__init__()
-        self.norm_densify = nn.LayerNorm(config.dim, eps=LAYER_NORM_EPS)
+        self.norm_densify = make_norm(config)
         self.densify = nn.Linear(config.dim, config.dim, bias=False)
-        self.norm_attention = nn.LayerNorm(config.dim, eps=LAYER_NORM_EPS)
-        self.attention = MSSA(config.dim, config.heads)
+        self.norm_attention = make_norm(config)
+        self.attention = MSSA(config.dim, config.heads, config.separate_values)
 
     def forward(self, y: Tokens) -> Tokens:
         v = self.densify(self.norm_densify(y))

@@ -21,8 +21,9 @@ from sklearn.model_selection import StratifiedShuffleSplit
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from crate_core.config import CrateMAEConfig
-from crate_core.model import CrateMAE
+from crate_core.architectures import build_model
+from crate_core.config import FrameConfig
+from crate_core.frame import MaskedAutoencoder
 from crate_core.recipes import image_size
 from crate_core.shapes import Images
 from crate_core.sources import ImageData, ImageSource
@@ -68,7 +69,7 @@ class Score:
 
 
 @torch.no_grad()
-def encode(model: CrateMAE, source: ImageSource, batch_size: int = 256, workers: int = 0) -> Features:
+def encode(model: MaskedAutoencoder, source: ImageSource, batch_size: int = 256, workers: int = 0) -> Features:
     r"""Features of all pictures of a source, computed once, nothing masked.
 
     With encoder output :math:`(z_0, z_1, \dots, z_L)`: the class token :math:`z_0`, the mean of patch tokens
@@ -187,15 +188,19 @@ def probe_accuracy(
     return float(fitted.score(test, test_labels))
 
 
-def untrained(config: CrateMAEConfig, seed: int) -> CrateMAE:
+def untrained(config: FrameConfig, seed: int) -> MaskedAutoencoder:
     """The same architecture with fresh weights; the global random state is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(random_key(seed, 1))
-        return CrateMAE(config)
+        return build_model(config)
 
 
 def linear_probes(
-    model: CrateMAE, data: ImageData, seeds: Sequence[int] = range(5), labels_per_class: int = 5, workers: int = 0
+    model: MaskedAutoencoder,
+    data: ImageData,
+    seeds: Sequence[int] = range(5),
+    labels_per_class: int = 5,
+    workers: int = 0,
 ) -> dict[str, dict[str, Score]]:
     """Linear probes of a model and of its controls, with all labels and with a few a class, over seeds.
 

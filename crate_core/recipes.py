@@ -15,17 +15,17 @@ from typing import Any, Literal
 
 from torch import nn
 
-from crate_core.config import CrateMAEConfig
+from crate_core.config import CrateMAEConfig, FrameConfig, ModelConfig, ViTMAEConfig, config_from_dict
 
 Augmentation = Literal["none", "crop_flip"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["fp32", "bf16", "fp16"]
 
-OPERATIONAL = frozenset({"output_dir", "max_steps", "checkpoint_every", "workers", "device", "data_root"})
+OPERATIONAL = frozenset({"output_dir", "max_steps", "checkpoint_every", "workers", "device", "data_root", "compile"})
 """Fields that may change when a run is continued: where, how far and how fast, not what."""
 
 
-def image_size(model: CrateMAEConfig) -> tuple[int, int]:
+def image_size(model: FrameConfig) -> tuple[int, int]:
     """Height and width that a model's pictures are brought to."""
     size = model.image_size
     return (size, size) if isinstance(size, int) else (size[0], size[1])
@@ -49,7 +49,7 @@ class PretrainConfig:
     """Where weights, config, logs and checkpoints go; runs/PRESET unless given."""
     data: str = "digits"
     """digits, folder:PATH, torchvision:NAME, or hf:NAME-OR-PARQUET-PATH."""
-    model: CrateMAEConfig = field(default_factory=lambda: CrateMAEConfig.preset("digits"))
+    model: ModelConfig = field(default_factory=lambda: CrateMAEConfig.preset("digits"))
     """The model; image_size is what pictures are cropped to."""
     epochs: float = 800.0
     """Passes over the training pictures; they set the learning-rate schedule."""
@@ -77,6 +77,8 @@ class PretrainConfig:
     """fp32, or mixed precision in bf16 or fp16."""
     device: Device = "auto"
     """auto takes a GPU when there is one."""
+    compile: bool = False
+    """Compile the model with torch.compile: a minute at the start for faster steps."""
     workers: int = 0
     """Processes that read pictures; batches do not depend on it."""
     checkpoint_every: int = 1000
@@ -145,7 +147,7 @@ class PretrainConfig:
         unknown = sorted(values.keys() - {f.name for f in fields(cls)})
         if unknown:
             raise ValueError(f"unknown fields {unknown}; accepted are {[f.name for f in fields(cls)]}")
-        model = CrateMAEConfig.from_dict(values["model"])
+        model = config_from_dict(values["model"])
         return cls(**{**values, "model": model, "betas": tuple(values["betas"])})
 
     def identity(self) -> dict[str, Any]:
@@ -200,6 +202,16 @@ def total_steps(config: PretrainConfig, pictures: int) -> int:
     return steps if config.max_steps is None else min(steps, config.max_steps)
 
 
+CIFAR10: dict[str, Any] = {
+    "data": "torchvision:CIFAR10",
+    "epochs": 12.0,
+    "warmup_epochs": 1.0,
+    "batch_size": 256,
+    "lr": 2e-3,
+    "checkpoint_every": 200,
+}
+"""What the two cifar10-tiny presets share, so that the comparison has one budget: an hour of one CPU core at most."""
+
 PRESETS: dict[str, Preset] = {
     "digits": Preset(
         fields={
@@ -224,6 +236,14 @@ PRESETS: dict[str, Preset] = {
             "batch_size": 512,
             "lr": 7.5e-4,
         },
+        cost="not measured yet",
+    ),
+    "cifar10-tiny": Preset(
+        fields={**CIFAR10, "model": CrateMAEConfig.preset("cifar10-tiny")},
+        cost="not measured yet",
+    ),
+    "cifar10-tiny-vit": Preset(
+        fields={**CIFAR10, "model": ViTMAEConfig.preset("cifar10-tiny")},
         cost="not measured yet",
     ),
     "imagenet-small": Preset(

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from crate_core.config import CrateMAEConfig
-from crate_core.model import CrateMAE
+from crate_core.config import FrameConfig
+from crate_core.frame import MaskedAutoencoder
 from crate_core.recipes import image_size
 from crate_core.shapes import Images, PatchMask, PatchNoise
 from crate_core.sources import ImageSource, SelectedImages
@@ -48,7 +48,7 @@ class RatioScore:
     mean_picture_psnr: float
 
 
-def some_pictures(source: ImageSource, config: CrateMAEConfig, count: int = YARDSTICK_PICTURES) -> Images:
+def some_pictures(source: ImageSource, config: FrameConfig, count: int = YARDSTICK_PICTURES) -> Images:
     """Up to ``count`` readable pictures (B, C, H, W) in [0, 1], spread evenly over a source, not augmented.
 
     Raises ``ValueError`` if none is readable.
@@ -61,7 +61,7 @@ def some_pictures(source: ImageSource, config: CrateMAEConfig, count: int = YARD
     return images
 
 
-def trivial_loss(model: CrateMAE, images: Images) -> TrivialLoss:
+def trivial_loss(model: MaskedAutoencoder, images: Images) -> TrivialLoss:
     r"""The loss of predicting means, from the variance of the targets :math:`t_{ijk}` (picture, position,
     pixel),
 
@@ -83,7 +83,9 @@ def trivial_loss(model: CrateMAE, images: Images) -> TrivialLoss:
 
 
 @torch.no_grad()
-def held_out_loss(model: CrateMAE, images: Images, mask_ratio: float, seed: int = 0, batch_size: int = 256) -> float:
+def held_out_loss(
+    model: MaskedAutoencoder, images: Images, mask_ratio: float, seed: int = 0, batch_size: int = 256
+) -> float:
     """Mean loss of pictures (B, C, H, W) in [0, 1] under masks fixed by ``seed``, in evaluation mode.
 
     Book: :ref:`ch-first-training`.
@@ -103,7 +105,7 @@ def held_out_loss(model: CrateMAE, images: Images, mask_ratio: float, seed: int 
 
 @torch.no_grad()
 def reconstruction_by_ratio(
-    model: CrateMAE,
+    model: MaskedAutoencoder,
     images: Images,
     mean_picture: Tensor,
     mask_ratios: Sequence[float] = (0.25, 0.5, 0.75, 0.875),
@@ -159,14 +161,14 @@ def reconstruction_by_ratio(
     return scores
 
 
-def removed_pixels(mask: PatchMask, config: CrateMAEConfig) -> Tensor:
+def removed_pixels(mask: PatchMask, config: FrameConfig) -> Tensor:
     """A patch mask (B, L) as pixels (B, 1, H, W)."""
     rows, columns = config.grid
     pixels = mask.reshape(-1, 1, rows, columns)
     return pixels.repeat_interleave(config.patch_size, 2).repeat_interleave(config.patch_size, 3)
 
 
-def reconstruction_rows(model: CrateMAE, images: Images, mask_ratio: float, noise: PatchNoise) -> Tensor:
+def reconstruction_rows(model: MaskedAutoencoder, images: Images, mask_ratio: float, noise: PatchNoise) -> Tensor:
     """Pictures (B, 4, C, H, W) in [0, 1]: masked input, reconstruction, the two pasted together, original.
 
     Removed patches of the masked input are grey.  Predictions are brought back to pixels, de-normalised where
@@ -193,7 +195,7 @@ def reconstruction_rows(model: CrateMAE, images: Images, mask_ratio: float, nois
 
 
 def save_reconstructions(
-    path: str | Path, model: CrateMAE, images: Images, mask_ratio: float, noise: PatchNoise
+    path: str | Path, model: MaskedAutoencoder, images: Images, mask_ratio: float, noise: PatchNoise
 ) -> None:
     """Write the figure of :func:`reconstruction_rows` as PNG, one row a picture.
 

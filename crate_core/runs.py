@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from crate_core.model import CrateMAE
+from crate_core.frame import MaskedAutoencoder
 from crate_core.pretrained import CONFIG_FILE, WEIGHTS_FILE, StateDict, atomic_write, load_weights
 from crate_core.reconstruction import TrivialLoss
 
@@ -189,7 +189,9 @@ class RunDirectory:
                 return Checkpoint(path, int(path.name[5:]), json.loads((path / PROGRESS_FILE).read_text()))
         return None
 
-    def save(self, step: int, model: CrateMAE, optimizer: Mapping[str, Any], progress: Mapping[str, Any]) -> Checkpoint:
+    def save(
+        self, step: int, model: MaskedAutoencoder, optimizer: Mapping[str, Any], progress: Mapping[str, Any]
+    ) -> Checkpoint:
         """Write the checkpoint of ``step``, then remove older ones.
 
         All files are written to a hidden directory and flushed to disk before it gets its name, so that a

@@ -210,3 +210,58 @@ class ISTA(nn.Module):
     def forward(self, z: Tokens) -> Tokens:
         """Tokens (..., n, d) to nonnegative tokens (..., n, d).  Book: :ref:`ch-ista`."""
         return ista(z, self.weight, self.eta, self.lambd)
+
+
+class OvercompleteISTA(nn.Module):
+    r"""Two ISTA steps from zero on an over-complete dictionary, decoded by another one onto a residual path,
+
+    .. math:: A^1 = \mathrm{ReLU}(\eta D^\top Z - \eta\lambda), \qquad
+              A^2 = \mathrm{ReLU}\big(A^1 + \eta D^\top (Z - D A^1) - \eta\lambda\big), \qquad
+              Z' = Z + \hat D A^2.
+
+    An ablation, not part of CRATE-MAE: the code A cannot start from the tokens (dimensions), and cannot replace them
+    either, so a decoupled dictionary brings it back.
+
+    Parameters
+    ----------
+    dim : int
+        Token dimension d.
+    atoms : int
+        Columns m of D (``weight``) and of :math:`\hat D` (``decode``).
+    eta : float
+        Step size, > 0.
+    lambd : float
+        Weight of the l1 penalty, >= 0.
+
+    Raises
+    ------
+    ValueError
+        If eta is not positive or lambd is negative.
+
+    Notes
+    -----
+    After :cite:t:`yang2024scaling`, which also learns :math:`\hat D` apart from D and adds the residual path.  Both
+    dictionaries are initialised Kaiming uniform.
+
+    Book: :ref:`ch-open-questions`.
+    """
+
+    def __init__(self, dim: int, atoms: int, eta: float = 0.1, lambd: float = 0.5) -> None:
+        super().__init__()
+        check_step(eta, lambd)
+        self.eta = eta
+        self.lambd = lambd
+        self.weight = nn.Parameter(torch.empty(dim, atoms))
+        self.decode = nn.Parameter(torch.empty(dim, atoms))
+        for weight in (self.weight, self.decode):
+            # Fan-in is the number of inputs: d for the analysis D^T Z, m for the synthesis.
+            nn.init.kaiming_uniform_(weight, mode="fan_out" if weight is self.weight else "fan_in")
+
+    def codes(self, z: Tokens) -> Codes:
+        """The codes A^2 (..., n, m).  Book: :ref:`ch-open-questions`."""
+        first = F.relu(self.eta * (z @ self.weight) - self.eta * self.lambd)
+        return proximal_step(first, z, self.weight, self.eta, self.lambd)
+
+    def forward(self, z: Tokens) -> Tokens:
+        """Tokens (..., n, d) to tokens (..., n, d), of either sign."""
+        return z + self.codes(z) @ self.decode.mT

@@ -19,8 +19,9 @@ from accelerate.state import AcceleratorState
 from torch import Tensor
 from tqdm import tqdm
 
+from crate_core.architectures import build_model
 from crate_core.data import open_data
-from crate_core.model import CrateMAE
+from crate_core.frame import MaskedAutoencoder
 from crate_core.recipes import (
     PretrainConfig,
     expected_range,
@@ -63,11 +64,11 @@ class TrainingDivergedError(ArithmeticError):
     """
 
 
-def initial_model(config: PretrainConfig) -> CrateMAE:
+def initial_model(config: PretrainConfig) -> MaskedAutoencoder:
     """The model with weights drawn from ``config.seed``; the global random state is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(random_key(config.seed))
-        return CrateMAE(config.model)
+        return build_model(config.model)
 
 
 def make_accelerator(config: PretrainConfig) -> Accelerator:
@@ -133,6 +134,7 @@ class Trainer:
             fused=accelerator.device.type in ("cpu", "cuda"),
         )
         self.wrapped, self.optimizer = accelerator.prepare(self.model, optimizer)
+        self.forward = torch.compile(self.wrapped) if config.compile else self.wrapped
         if self.checkpoint is not None:
             states = self.checkpoint.optimizer()
             self.optimizer.load_state_dict(states["optimizer"])
@@ -165,7 +167,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, config, self.count)
         images = self.model.standardize(images.to(device, non_blocking=True))
-        loss = self.wrapped(images, config.mask_ratio, noise.to(device)).loss
+        loss = self.forward(images, config.mask_ratio, noise.to(device)).loss
         accelerator.backward(loss)
         norm = accelerator.clip_grad_norm_(self.wrapped.parameters(), config.clip_gradient or math.inf)
         self.optimizer.step()

@@ -52,7 +52,7 @@ BAD = [
     (["train"], "unknown command 'train'"),
     (["pretrain", "--epochs", "many"], "--epochs"),
     (["pretrain", "--epoch", "3"], "--epoch"),
-    (["pretrain", "--preset", "mnist"], "digits, cifar10, imagenet-small, imagenet-base"),
+    (["pretrain", "--preset", "mnist"], "digits, cifar10, "),
     (["pretrain", "--device", "gpu"], "'auto', 'cpu', 'cuda', 'mps'"),
     (["pretrain", "--mask-ratio", "1.5"], "mask_ratio=1.5"),
     (["pretrain", "--model.dim", "66"], "dim=66"),

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "crate_core"
 # The book's order. A module imports only from modules above it.
 ORDER = [
     "shapes", "mixture", "denoise", "fitting", "rate", "law", "integrators", "diffusion", "attention", "sparsify",
-    "patches", "config", "layers", "outputs", "pretrained", "model", "baseline", "sources", "recipes", "stream", "data",
+    "patches", "config", "layers", "outputs", "pretrained", "frame", "model", "baseline", "architectures", "sources", "recipes", "stream", "data",
     "probe", "reconstruction", "runs", "train", "evaluate", "inspect_layers", "cli", "companion",
 ]  # fmt: skip
 LONGEST = 350
