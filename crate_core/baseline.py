@@ -30,6 +30,8 @@ class ViTBlock(Block):
     def __init__(self, dim: int, heads: int, mlp_ratio: float) -> None:
         norm: Any = partial(nn.LayerNorm, eps=BLOCK_NORM_EPS)  # timm asks for a class and takes any function
         super().__init__(dim, heads, mlp_ratio, qkv_bias=True, norm_layer=norm)
+        # PyTorch's fused attention on a CPU is slow backwards in bfloat16, and pictures there have few tokens.
+        cast(Any, self.attn).fused_attn = torch.cuda.is_available()
 
     def attention_weights(self, x: Tokens) -> AttentionWeights:
         """The weights (B, K, n, n) of the block's attention at its input x."""
