@@ -4,26 +4,38 @@ r"""CIFAR-10: CRATE-MAE beside a ViT-MAE of as many parameters, and one change a
     python benchmarks/cifar10.py --data hf:PATH/cifar10-train.parquet --group ablations
     python benchmarks/cifar10.py --data hf:PATH/cifar10-train.parquet --variants crate vit --epochs 200 --device cuda
 
-Pretrains every variant once for each seed with the same budget, evaluates each run as ``crate evaluate`` does,
-beside an untrained network and pixels, and writes losses and accuracies of every seed with provenance.  Runs go to ``--runs``;
-finished ones are reused, others continued.  The figures in ``results/`` come from two CPU cores: six epochs for the
-comparison (about ten minutes of one core a run), two for each ablation.
+Pretrains every variant once for each seed with the same budget, scores each run by completion, linear probes,
+neighbours and (in the comparison) fine-tuning, beside an untrained network and pixels, and writes every seed's figures.
+Runs go to ``--runs``; finished ones are reused, others continued.  The figures in ``results/`` come from two CPU cores:
+six epochs for the comparison (about eight minutes of one core a run), two for each ablation.
 """
 
 import argparse
 import json
 import shlex
 import sys
+import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from crate_core.evaluate import evaluate
-from crate_core.recipes import PretrainConfig
+from crate_core.architectures import build_model, load_model
+from crate_core.config import FrameConfig
+from crate_core.data import open_data
+from crate_core.finetune import FinetuneConfig, finetune
+from crate_core.frame import MaskedAutoencoder
+from crate_core.neighbours import neighbour_accuracy
+from crate_core.pretrained import save_model
+from crate_core.probe import encode, probe_accuracy, small_pixels, untrained
+from crate_core.recipes import PretrainConfig, image_size
+from crate_core.reconstruction import reconstruction_by_ratio, some_pictures
 from crate_core.runs import RUN_FILE, device_name, provenance, write_json
+from crate_core.sources import ImageData, SelectedImages
 from crate_core.train import pretrain
 
 COMPARISON: Mapping[str, Mapping[str, Any]] = {
@@ -51,6 +63,12 @@ ABLATIONS: Mapping[str, Mapping[str, Any]] = {
     "decoder of 1 layer": {"model.decoder_depth": 1},
 }
 """CRATE-MAE changed in one field at a time, and the ViT-MAE at the ablations' budget."""
+
+LABELLED = 10_000
+"""Labelled pictures that probes, neighbours and fine-tuning may see, of 50,000."""
+
+FINETUNE: Mapping[str, Any] = {"epochs": 4.0, "warmup_epochs": 0.5, "precision": "bf16"}
+"""Fine-tuning beside its defaults."""
 
 GROUPS = {"comparison": (COMPARISON, 6.0), "ablations": (ABLATIONS, 2.0)}
 """Variants and epochs."""
@@ -80,10 +98,70 @@ def started_from(run: Path) -> str:
     return json.loads((run / RUN_FILE).read_text())["starts"][0]["commit"]
 
 
-def record_of(name: str, changes: Mapping[str, Any], seed: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Train (or reuse) and evaluate one run."""
+def save_half(run: Path, directory: Path) -> None:
+    """A run's model with its weights in float16: half the size, and loaded into a float32 model as they are."""
+    model = load_model(run)
+    weights = {name: tensor.half() for name, tensor in model.state_dict().items()}
+    save_model(directory, model.config.to_dict(), weights)
+
+
+def pictures_of(options: argparse.Namespace) -> ImageData:
+    """The data with fewer training pictures, evenly spaced: what probes, neighbours and fine-tuning may see."""
+    data = open_data(options.data)
+    chosen = np.linspace(0, len(data.train) - 1, min(LABELLED, len(data.train))).round().astype(int)
+    return replace(data, train=SelectedImages(data.train, chosen))
+
+
+def scores_of(model: MaskedAutoencoder, data: ImageData, seed: int, fine_tuned: bool) -> dict[str, Any]:
+    """What a model is worth: completion on held-out pictures, linear probes, neighbours, and fine-tuning."""
+    started = time.perf_counter()
+    held_out = some_pictures(data.held_out, model.config)
+    mean_picture = some_pictures(data.train, model.config).mean(dim=0)
+    by_ratio = {score.mask_ratio: score for score in reconstruction_by_ratio(model, held_out, mean_picture)}
+    train, test = encode(model, data.train), encode(model, data.held_out)
+    labels = train.labels, test.labels
+    scores = {
+        "reconstruction": [asdict(score) for score in by_ratio.values()],
+        "loss_at_75": by_ratio[0.75].loss,
+        "psnr_at_75": by_ratio[0.75].psnr,
+        "probe_accuracy": probe_accuracy(train.patch_mean, labels[0], test.patch_mean, labels[1], seed),
+        "probe_class_token": probe_accuracy(train.class_token, labels[0], test.class_token, labels[1], seed),
+        "neighbour_accuracy": neighbour_accuracy(train.patch_mean, labels[0], test.patch_mean, labels[1]),
+    }
+    if fine_tuned:
+        scores["finetuned_accuracy"] = finetune(model, data, FinetuneConfig(**FINETUNE, seed=seed)).accuracy
+    return {**scores, "scored_in_seconds": round(time.perf_counter() - started, 1)}
+
+
+def pixel_scores(data: ImageData, config: FrameConfig) -> dict[str, float]:
+    """The same probe and neighbours on raw pixels, which need no encoder."""
+    parts = []
+    for source in (data.train, data.held_out):
+        images = some_pictures(source, config, len(source))
+        parts.append(small_pixels(images).numpy())
+    labels = np.asarray(data.train.labels), np.asarray(data.held_out.labels)
+    return {
+        "probe_accuracy": probe_accuracy(parts[0], labels[0], parts[1], labels[1], 0),
+        "neighbour_accuracy": neighbour_accuracy(parts[0], labels[0], parts[1], labels[1]),
+    }
+
+
+def operations(model: MaskedAutoencoder) -> int:
+    """Floating-point operations of one training picture's forward pass, in a batch of 64, masking ratio 0.75."""
+    images = torch.zeros(64, model.config.channels, *image_size(model.config))
+    with FlopCounterMode(display=False) as counter:
+        model(images, 0.75)
+    return counter.get_total_flops() // 64
+
+
+def record_of(
+    name: str, changes: Mapping[str, Any], seed: int, data: ImageData, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Train (or reuse) and score one run; its scores are kept beside it."""
     directory = options.runs / f"{name.replace(' ', '-')}-epochs-{options.epochs:g}-seed-{seed}"
     result = pretrain(configure(changes, seed, directory, options), progress=False)
+    if options.weights:
+        save_half(directory, options.weights / f"{name}-seed{seed}")
     record = {
         "seed": seed,
         "steps": result.steps,
@@ -93,7 +171,22 @@ def record_of(name: str, changes: Mapping[str, Any], seed: int, options: argpars
     }
     if options.train_only:
         return record
-    return {**record, "evaluation": evaluate(directory, seeds=options.probe_seeds, device=options.device)}
+    kept = directory / "scores.json"
+    if not kept.is_file():
+        model = load_model(directory).to(options.device)
+        write_json(kept, scores_of(model, data, seed, options.group == "comparison"))
+    return {**record, **json.loads(kept.read_text())}
+
+
+def untrained_records(config: FrameConfig, data: ImageData, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The control: the same network with fresh weights, scored alike."""
+    records = []
+    for seed in options.seeds:
+        kept = options.runs / f"untrained-{config.model_type}-seed-{seed}.json"
+        if not kept.is_file():
+            write_json(kept, scores_of(untrained(config, seed).to(options.device), data, seed, True))
+        records.append({"seed": seed, **json.loads(kept.read_text())})
+    return records
 
 
 def main() -> None:
@@ -102,11 +195,11 @@ def main() -> None:
     parser.add_argument("--group", choices=GROUPS, default="comparison")
     parser.add_argument("--variants", nargs="+", help="some of the group's; all unless given")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--probe-seeds", type=int, default=1)
     parser.add_argument("--epochs", type=float)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--runs", type=Path, default=Path("runs/cifar10"))
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--weights", type=Path, help="also save each model there, in float16")
     parser.add_argument("--train-only", action="store_true", help="write no results, only finish the runs")
     options = parser.parse_args()
     variants, epochs = GROUPS[options.group]
@@ -119,17 +212,40 @@ def main() -> None:
     # Taken now: a checkout can move on while the runs go on.
     command = shlex.join(["python", "benchmarks/cifar10.py", *sys.argv[1:]])
     origin = provenance(command, device_name(torch.device(options.device)))
+    data = pictures_of(options)
     models: dict[str, Any] = {}
     for name in names:
-        runs = [record_of(name, variants[name], seed, options) for seed in options.seeds]
-        models[name] = {"changes": dict(variants[name]), "runs": runs}
+        config = configure(variants[name], 0, Path("unused"), options).model
+        runs = [record_of(name, variants[name], seed, data, options) for seed in options.seeds]
+        fresh = build_model(config)
+        models[name] = {
+            "changes": dict(variants[name]),
+            "parameters": sum(p.numel() for p in fresh.parameters()),
+            "operations": operations(fresh),
+            "runs": runs,
+        }
+        if options.group == "comparison" and not options.train_only:
+            models[f"{name}, untrained"] = {**models[name], "runs": untrained_records(config, data, options)}
     if options.train_only:
         return
     output = options.output or Path("results") / (
         "cifar10.json" if options.group == "comparison" else "cifar10-ablations.json"
     )
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_json(output, {"epochs": options.epochs, "seeds": options.seeds, "models": models, **origin})
+    pixels = pixel_scores(data, config) if options.group == "comparison" else None
+    write_json(
+        output,
+        {
+            "epochs": options.epochs,
+            "seeds": options.seeds,
+            "labelled": len(data.train),
+            "held_out": len(data.held_out),
+            "finetune": FINETUNE,
+            "pixels": pixels,
+            "models": models,
+            **origin,
+        },
+    )
     print(f"written to {output}")
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from crate_core.config import CrateMAEConfig, FrameConfig, config_from_dict
 from crate_core.frame import MaskedAutoencoder
+from crate_core.hub import resolve_directory
 from crate_core.model import CrateMAE
-from crate_core.pretrained import read_config, resolve_directory
+from crate_core.pretrained import read_config
 
 
 def architecture(config: FrameConfig) -> type[MaskedAutoencoder]:

@@ -1,4 +1,4 @@
-r"""The ``crate`` command: pretrain, evaluate, reconstruct, convert.
+r"""The ``crate`` command: pretrain, evaluate, reconstruct, inspect, convert.
 
 What a subcommand needs is imported when it runs.  Bad input ends in one line on stderr and exit code 2, a run
 that failed on its way in exit code 1; neither shows a traceback.
@@ -12,12 +12,12 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
+
+from crate_core.options import Convert, Evaluate, Inspect, Reconstruct
 
 Command = TypeVar("Command")
-Device = Literal["auto", "cpu", "cuda", "mps"]
 
 USAGE = """usage: crate COMMAND [OPTIONS]
 
@@ -25,8 +25,9 @@ CRATE-MAE: white-box masked autoencoding.
 
 commands:
   pretrain      train on digits, a folder of images, a torchvision or Hugging Face dataset; or continue a run
-  evaluate      linear probes beside their controls, and reconstruction by masking ratio
+  evaluate      probes, neighbours, fine-tuning beside their controls, and reconstruction by masking ratio
   reconstruct   a picture of masked inputs, reconstructions and originals
+  inspect       what layers, tokens and heads do, beside an untrained control: one HTML page
   convert       the authors' mae_crate_* checkpoint to this package's files
 
 crate COMMAND --help lists a command's options.
@@ -38,70 +39,6 @@ crate COMMAND --help lists a command's options.
 
 class UsageError(ValueError):
     """Arguments that do not parse."""
-
-
-@dataclass(frozen=True)
-class Evaluate:
-    """Linear probes of a checkpoint beside their controls, and reconstruction by masking ratio.
-
-    Writes evaluation.json beside the checkpoint and prints it as a table.
-    """
-
-    checkpoint: str
-    """Directory of a saved model (such as a run's output directory), or a Hugging Face Hub id."""
-    data: str | None = None
-    """digits, folder:PATH, torchvision:NAME, hf:NAME-OR-PARQUET-PATH; None takes what the run was trained
-    on.
-    """
-    seeds: int = 5
-    """Probes of each kind; a seed draws the few labels, validation splits and untrained weights."""
-    labels_per_class: int = 5
-    """Labels a class in the column of few labels."""
-    mask_ratios: tuple[float, ...] = (0.25, 0.5, 0.75, 0.875)
-    """Where reconstruction is measured."""
-    device: Device = "auto"
-    """auto takes a GPU when there is one."""
-    workers: int = 0
-    """Processes that read pictures."""
-    output: str | None = None
-    """The JSON file; None writes evaluation.json beside the checkpoint."""
-
-
-@dataclass(frozen=True)
-class Reconstruct:
-    """A picture of masked inputs, reconstructions and originals, as PNG."""
-
-    checkpoint: str
-    """Directory of a saved model, or a Hugging Face Hub id."""
-    images: tuple[str, ...] = ()
-    """Image files; brought to the model's size and channels."""
-    data: str | None = None
-    """Instead of files: held-out pictures of digits, folder:PATH, torchvision:NAME,
-    hf:NAME-OR-PARQUET-PATH.
-    """
-    output: str = "reconstructions.png"
-    """The picture to write."""
-    count: int = 8
-    """How many held-out pictures of --data."""
-    mask_ratio: float = 0.75
-    """Share of patches to remove."""
-    seed: int = 0
-    """Fixes the masks."""
-
-
-@dataclass(frozen=True)
-class Convert:
-    """Convert an authors' mae_crate_* checkpoint to config.json and model.safetensors.
-
-    The file is read without executing anything that it may hold.
-    """
-
-    reference: str
-    """REFERENCE: the authors' .pth file."""
-    output_dir: str
-    """OUTDIR: directory to write."""
-    heads: int | None = None
-    """Heads of a size that was not published."""
 
 
 def parse(
@@ -183,16 +120,32 @@ def run_evaluate(arguments: Sequence[str], command: str) -> None:
     """``crate evaluate``."""
     options = parse(Evaluate, "evaluate", arguments)
     from crate_core.evaluate import EVALUATION_FILE, evaluate, save_evaluation, table
+    from crate_core.finetune import FinetuneConfig
 
+    fine_tuning = (
+        FinetuneConfig(
+            epochs=options.finetune_epochs,
+            warmup_epochs=options.finetune_epochs / 10,
+            lr=options.finetune_lr,
+            batch_size=options.finetune_batch_size,
+            precision=options.finetune_precision,
+            workers=options.workers,
+        )
+        if options.finetune_epochs
+        else None
+    )
     record = evaluate(
         options.checkpoint,
         options.data,
         options.seeds,
         options.labels_per_class,
         options.mask_ratios,
-        pick_device(options.device),
-        options.workers,
-        command,
+        probe=options.probe,
+        neighbours=options.neighbours,
+        fine_tuning=fine_tuning,
+        device=pick_device(options.device),
+        workers=options.workers,
+        command=command,
     )
     directory = Path(options.checkpoint) if Path(options.checkpoint).is_dir() else Path()
     path = Path(options.output) if options.output else directory / EVALUATION_FILE
@@ -231,6 +184,28 @@ def run_reconstruct(arguments: Sequence[str], command: str) -> None:
     print(f"{len(pictures)} pictures with {options.mask_ratio:.0%} of the patches removed, saved in {options.output}")
 
 
+def run_inspect(arguments: Sequence[str], command: str) -> None:
+    """``crate inspect``."""
+    options = parse(Inspect, "inspect", arguments)
+    if options.images and options.data is not None:
+        raise UsageError("give either --images FILE ... or --data, or neither")
+    from crate_core.architectures import load_model
+    from crate_core.report import inspect_checkpoint, write_report
+
+    page = inspect_checkpoint(
+        load_model(options.checkpoint).to(pick_device(options.device)),
+        Path(options.checkpoint).name or options.checkpoint,
+        options.images,
+        options.data,
+        options.count,
+        options.eps,
+        options.seeds,
+        command,
+    )
+    write_report(options.output, page)
+    print(f"saved in {options.output}, {len(page) / 1e6:.1f} MB")
+
+
 def run_convert(arguments: Sequence[str], command: str) -> None:
     """``crate convert``."""
     del command  # the weights' origin is the authors' file
@@ -247,6 +222,7 @@ COMMANDS: dict[str, Callable[[Sequence[str], str], None]] = {
     "pretrain": run_pretrain,
     "evaluate": run_evaluate,
     "reconstruct": run_reconstruct,
+    "inspect": run_inspect,
     "convert": run_convert,
 }
 

@@ -17,11 +17,15 @@ from types import ModuleType
 from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
+import torch
 from IPython.display import display
 from matplotlib.figure import Figure
 from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
+
+from crate_core.shapes import Images
 
 SUBSPACE_COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#5E4FA2"]
 """Colour of subspace k, everywhere in the book (Okabe-Ito first: readable by colour-blind readers)."""
@@ -259,3 +263,35 @@ def player(
         interval=round(1000 / fps),
     )
     display(_Rendered(code, f"[animation, {len(urls)} frames: {alt}]"))
+
+
+def photo_crops(count: int, size: int, seed: int = 0) -> Images:
+    """Square crops of the two photographs that scikit-learn ships (a temple, a flower), brought to one size.
+
+    The side of a crop is uniform between an eighth of the photograph's height and all of it.
+
+    Parameters
+    ----------
+    count : how many, half of each photograph.
+    size : side in pixels.
+    seed : fixes the crops.
+
+    Returns
+    -------
+    (count, 3, size, size) in [0, 1].
+
+    Book: :ref:`ch-open-questions`.
+    """
+    from PIL import Image
+    from sklearn.datasets import load_sample_image
+
+    photographs = [Image.fromarray(load_sample_image(name)) for name in ("china.jpg", "flower.jpg")]
+    generator = np.random.default_rng(seed)
+    crops = []
+    for index in range(count):
+        photograph = photographs[index % 2]
+        side = int(generator.integers(photograph.height // 8, photograph.height + 1))
+        left, top = (int(generator.integers(0, length - side + 1)) for length in photograph.size)
+        crop = photograph.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.BICUBIC)
+        crops.append(np.asarray(crop, dtype=np.float32) / 255)
+    return torch.from_numpy(np.stack(crops)).movedim(-1, 1).contiguous()

@@ -167,8 +167,8 @@ def hugging_face(location: str) -> ImageData:
     return ImageData(train, held_out, tuple(classes), description)
 
 
-def table_images(table: Any, origin: str) -> tuple[TableImages, list[str]]:
-    """Pictures and class names of one Hugging Face table; ``ValueError`` if no column holds images."""
+def image_column(features: Any, origin: str) -> str:
+    """The first column that holds images; ``ValueError`` if there is none."""
     import datasets
 
     def holds_images(feature: Any) -> bool:
@@ -176,9 +176,17 @@ def table_images(table: Any, origin: str) -> tuple[TableImages, list[str]]:
             isinstance(feature, dict) and {"bytes", "path"} <= feature.keys()
         )
 
-    columns = [name for name, feature in table.features.items() if holds_images(feature)]
+    columns = [name for name, feature in features.items() if holds_images(feature)]
     if not columns:
-        raise ValueError(f"{origin} has no image column (struct of bytes and path); its columns: {table.column_names}")
+        raise ValueError(f"{origin} has no image column (struct of bytes and path); its columns: {list(features)}")
+    return columns[0]
+
+
+def table_images(table: Any, origin: str) -> tuple[TableImages, list[str]]:
+    """Pictures and class names of one Hugging Face table; ``ValueError`` if no column holds images."""
+    import datasets
+
+    column = image_column(table.features, origin)
     typed = [name for name, feature in table.features.items() if isinstance(feature, datasets.ClassLabel)]
     label = "label" if "label" in table.column_names else (typed[0] if len(typed) == 1 else None)
     labels = None if label is None else np.asarray(table.with_format("numpy")[label][:], dtype=np.int64)
@@ -188,8 +196,8 @@ def table_images(table: Any, origin: str) -> tuple[TableImages, list[str]]:
         classes = list(table.features[label].names)
     else:
         classes = [str(k) for k in np.unique(labels)]
-    encoded = table.cast_column(columns[0], datasets.Image(decode=False))
-    return TableImages(encoded, columns[0], origin, labels), classes
+    encoded = table.cast_column(column, datasets.Image(decode=False))
+    return TableImages(encoded, column, origin, labels), classes
 
 
 def open_data(spec: str, root: str | Path = "data") -> ImageData:

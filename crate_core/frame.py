@@ -7,9 +7,8 @@ layers and nothing else.
 Book: :ref:`ch-crate-mae`.
 """
 
-from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Any, ClassVar, Protocol, Self, cast
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +25,7 @@ from crate_core.patches import (
     sincos_positions,
     unpatchify,
 )
-from crate_core.pretrained import WEIGHTS_FILE, check_fit, load_weights, read_config, resolve_directory, save_model
+from crate_core.saved import SavedModel
 from crate_core.shapes import AttentionWeights, Images, Patches, PatchNoise, PatchOrder, Tokens
 
 END_NORM_EPS = 1e-6
@@ -41,7 +40,7 @@ class FrameLayer(Protocol):
     def attention_weights(self, x: Tokens) -> AttentionWeights: ...
 
 
-class MaskedAutoencoder(nn.Module):
+class MaskedAutoencoder(SavedModel):
     r"""Everything of a masked autoencoder but its layers.
 
     .. math::
@@ -61,8 +60,6 @@ class MaskedAutoencoder(nn.Module):
     Book: :ref:`ch-crate-mae`.
     """
 
-    config_class: ClassVar[type[FrameConfig]] = FrameConfig
-    config: FrameConfig
     positions: Tensor
 
     def __init__(
@@ -82,51 +79,6 @@ class MaskedAutoencoder(nn.Module):
         self.prediction = nn.Linear(decoder_dim, patch_pixels)
         nn.init.normal_(self.class_token, std=0.02)
         nn.init.normal_(self.mask_token, std=0.02)
-
-    @classmethod
-    def from_preset(cls, name: str, **overrides: Any) -> Self:
-        """A freshly initialised model of a named size; fields of the configuration can be overridden.
-
-        Raises ``ValueError`` for an unknown name or field, or sizes that do not fit.
-        """
-        return cls.from_config(cls.config_class.preset(name, **overrides))
-
-    @classmethod
-    def from_config(cls, config: FrameConfig) -> Self:
-        """A freshly initialised model; what subclasses construct themselves from."""
-        return cls(config)  # type: ignore[call-arg]  # a subclass takes its configuration alone
-
-    @classmethod
-    def from_pretrained(cls, name: str | Path) -> Self:
-        """Load a model that :meth:`save_pretrained` wrote, from a directory or a Hugging Face Hub id.
-
-        Raises
-        ------
-        FileNotFoundError
-            If it is neither, or a file is missing.
-        ValueError
-            If the directory holds another architecture or the weights do not fit the configuration.
-        """
-        directory = resolve_directory(name)
-        config = read_config(directory)
-        found = config.get("model_type")
-        if found != cls.config_class.model_type:
-            raise ValueError(f"{directory} holds a model of type {found!r}, accepted: {cls.config_class.model_type!r}")
-        model = cls.from_config(cls.config_class.from_dict(config))
-        model.load_weights(load_weights(directory / WEIGHTS_FILE), source=str(directory))
-        return model
-
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Write ``config.json`` and ``model.safetensors`` into a directory, both whole or neither.
-
-        Raises ``OSError`` if the disk is full or not writable; files already there are then untouched.
-        """
-        save_model(Path(directory), self.config.to_dict(), self.state_dict())
-
-    def load_weights(self, weights: Mapping[str, Tensor], source: str) -> None:
-        """Load a complete set of weights; ``ValueError`` names ``source`` and what does not fit, and loads nothing."""
-        check_fit(self.state_dict(), weights, source)
-        self.load_state_dict(dict(weights))
 
     def standardize(self, images: Tensor) -> Images:
         """Pixels, uint8 in 0..255 or floating point in [0, 1], to model units: (x - mean) / std per channel.
@@ -194,17 +146,81 @@ class MaskedAutoencoder(nn.Module):
         patches = patchify(images, self.config.patch_size)
         return normalize_patches(patches).normalized if self.config.normalize_targets else patches
 
+    def embed(self, images: Images) -> Tensor:
+        """What the encoder starts from for whole images, (B, 1 + L, d): class token and patches, positions added."""
+        grid = self._check_input(images)
+        embedded = self.patch_embedding(patchify(images, self.config.patch_size))
+        return self.with_class_token(embedded) + self.position_table(grid)
+
     def forward_features(self, images: Images) -> Tokens:
         """Encoder output (B, 1 + L, d) of whole images, nothing masked; the class token comes first.
 
         Raises ``ValueError`` for images of the wrong shape, size or dtype.  Book: :ref:`ch-crate-mae`.
         """
-        grid = self._check_input(images)
-        embedded = self.patch_embedding(patchify(images, self.config.patch_size))
-        x = self.with_class_token(embedded) + self.position_table(grid)
+        x = self.embed(images)
         for layer in self.encoder:
             x = layer(x)
         return self.encoder_norm(x)
+
+    def forward_intermediates(
+        self,
+        images: Images,
+        indices: int | Sequence[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: Literal["NCHW", "NLC"] = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """Outputs of chosen encoder layers for whole images, as timm's models return them.
+
+        Parameters
+        ----------
+        images : (B, C, H, W) in model units.
+        indices : the last n layers, or these layers (negative ones count from the end); all if ``None``.
+        return_prefix_tokens : give pairs (patch tokens, class token (B, 1, d)) in place of patch tokens.
+        norm : apply the LayerNorm after the encoder to each.
+        stop_early : leave out layers after the last chosen one; the encoder output is then that layer's.
+        output_fmt : ``NCHW``, maps (B, d, rows, columns); or ``NLC``, tokens (B, L, d).
+        intermediates_only : return the list alone.
+
+        Returns
+        -------
+        (encoder output (B, 1 + L, d), list of layer outputs in the order of depth), or the list.
+
+        Raises
+        ------
+        ValueError
+            For a layer that does not exist, another format, or images that ``forward_features`` refuses.
+
+        Book: :ref:`ch-evaluation`.
+        """
+        chosen = self._layer_indices(indices)
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt={output_fmt!r}: accepted are NCHW and NLC")
+        x = self.embed(images)
+        grid = self._check_input(images)
+        found: list[Any] = []
+        for i, layer in enumerate(self.encoder):
+            if stop_early and i > max(chosen):
+                break
+            x = layer(x)
+            if i in chosen:
+                y = self.encoder_norm(x) if norm else x
+                patches = y[:, 1:].mT.unflatten(-1, grid).contiguous() if output_fmt == "NCHW" else y[:, 1:]
+                found.append((patches, y[:, :1]) if return_prefix_tokens else patches)
+        return found if intermediates_only else (self.encoder_norm(x), found)
+
+    def _layer_indices(self, indices: int | Sequence[int] | None) -> set[int]:
+        """Encoder layers by number from 0; ``ValueError`` names one that does not exist."""
+        depth = len(self.encoder)
+        wanted = range(depth) if indices is None else range(-indices, 0) if isinstance(indices, int) else indices
+        odd = [i for i in wanted if not -depth <= i < depth]
+        if odd or not wanted:
+            raise ValueError(
+                f"indices={indices}: accepted are 1 to {depth} last layers, or layers -{depth} to {depth - 1}"
+            )
+        return {i % depth for i in wanted}
 
     def forward(
         self,

@@ -165,27 +165,6 @@ def save_model(directory: Path, config: Mapping[str, object], weights: Mapping[s
             os.replace(Path(scratch, name), directory / name)
 
 
-def resolve_directory(name: str | Path) -> Path:
-    """A local directory as it is; anything else is taken for a Hugging Face Hub id and downloaded.
-
-    Raises ``FileNotFoundError`` if it is neither.
-    """
-    path = Path(name)
-    if path.is_dir():
-        return path
-    if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
-        raise FileNotFoundError(f"{name} is neither a directory of a saved model nor a Hub id of the form owner/name")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(str(name), allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
-    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
-        raise FileNotFoundError(
-            f"no directory {name} here, and the Hub did not give a model of that name: {error}"
-        ) from error
-
-
 _LAYER_KEYS = {
     "encoder": {
         "0.0.norm": "norm_attention",

@@ -8,8 +8,9 @@ Book: :ref:`ch-first-training`.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,9 @@ from crate_core.stream import evaluation_batches, random_key
 
 INVERSE_REGULARIZATION = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Values of scikit-learn's C that a probe chooses from."""
+
+CHOOSING = 10_000
+"""Labels that C is chosen on, where there are more: a fifth of them validates."""
 
 PIXEL_SIDE = 32
 """Larger pictures are averaged down to this side for the pixel control, which would not fit in memory otherwise."""
@@ -145,8 +149,9 @@ def fit_probe(features: np.ndarray, labels: np.ndarray, seed: int) -> tuple[Pipe
 
     .. math:: \min_{W, b}\ \tfrac12 \|W\|_F^2 + C \sum_i -\log \mathrm{softmax}(W x_i + b)_{y_i},
 
-    C from ``INVERSE_REGULARIZATION`` by mean accuracy over stratified splits (a fifth held back; two fifths,
-    ten times, where there are at most 500 labels), the smallest on a tie; then refitted on all.
+    C from ``INVERSE_REGULARIZATION`` by mean accuracy over stratified splits (a fifth held back; two fifths, ten times,
+    where there are at most 500 labels; of ``CHOOSING`` labels where there are more), the smallest on a tie; then
+    refitted on all.  Held-out pictures have no part in it: they are no argument.
 
     Parameters
     ----------
@@ -161,7 +166,11 @@ def fit_probe(features: np.ndarray, labels: np.ndarray, seed: int) -> tuple[Pipe
     Book: :ref:`ch-first-training`.
     """
     scarce = len(labels) <= 500
-    splits = StratifiedShuffleSplit(10 if scarce else 1, test_size=0.4 if scarce else 0.2, random_state=seed)
+    validating = 0.4 if scarce else 0.2
+    shares: dict[str, Any] = {"test_size": validating}
+    if len(labels) > CHOOSING:
+        shares = {"test_size": int(validating * CHOOSING), "train_size": CHOOSING - int(validating * CHOOSING)}
+    splits = StratifiedShuffleSplit(10 if scarce else 1, random_state=seed, **shares)
     folds = list(splits.split(features, labels))
     with warnings.catch_warnings():
         # Weak regularisation need not converge to be ruled out on the validation split.
@@ -195,39 +204,36 @@ def untrained(config: FrameConfig, seed: int) -> MaskedAutoencoder:
         return build_model(config)
 
 
-def linear_probes(
-    model: MaskedAutoencoder,
-    data: ImageData,
-    seeds: Sequence[int] = range(5),
-    labels_per_class: int = 5,
-    workers: int = 0,
-) -> dict[str, dict[str, Score]]:
-    """Linear probes of a model and of its controls, with all labels and with a few a class, over seeds.
+Judge = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray, int], float]
+"""Accuracy from (training features, their labels, held-out features, their labels, seed)."""
 
-    A seed draws the few labels, the validation splits, and the untrained encoder's weights; the held-out
-    pictures stay the same.
+
+def judge_features(
+    model: MaskedAutoencoder, data: ImageData, seeds: Sequence[int], judges: Mapping[str, Judge], workers: int = 0
+) -> dict[str, dict[str, Score]]:
+    """What ``judges`` say of a model's features and of its controls', over seeds.
+
+    Pictures are encoded once for the model and once for each untrained control.
 
     Parameters
     ----------
     model : the trained model.
-    data : labelled pictures; probes fit on ``data.train`` and are scored on ``data.held_out``.
-    seeds : one probe of each kind for each.
-    labels_per_class : how many labels a class the second column may use, at least 2.
+    data : labelled pictures; judges fit on ``data.train`` and score ``data.held_out``.
+    seeds : given to the judges; each also draws an untrained encoder's weights.
+    judges : by the name of their column.
 
     Returns
     -------
     {row: {column: Score}}, rows "trained, class token", "trained, mean of patches", the same "untrained", and
-    "raw pixels"; columns "all labels" and "N labels a class".
+    "raw pixels".
 
     Raises
     ------
     ValueError
-        If the pictures have no labels, fewer than two classes, or too few of a class.
+        If no picture can be read.
 
-    Book: :ref:`ch-first-training`.
+    Book: :ref:`ch-evaluation`.
     """
-    check_labels(data, labels_per_class)
-    columns = {"all labels": None, f"{labels_per_class} labels a class": labels_per_class}
     device = next(model.parameters()).device
     trained = encode(model, data.train, workers=workers), encode(model, data.held_out, workers=workers)
     accuracies: dict[str, dict[str, list[float]]] = {}
@@ -242,21 +248,79 @@ def linear_probes(
             "raw pixels": [part.pixels for part in trained],
         }
         for row, (train, test) in rows.items():
-            for column, few in columns.items():
-                accuracy = probe_accuracy(train, trained[0].labels, test, trained[1].labels, seed, few)
-                accuracies.setdefault(row, {}).setdefault(column, []).append(accuracy)
+            for column, judge in judges.items():
+                verdict = judge(train, trained[0].labels, test, trained[1].labels, seed)
+                accuracies.setdefault(row, {}).setdefault(column, []).append(verdict)
     return {row: {column: Score(tuple(a)) for column, a in by.items()} for row, by in accuracies.items()}
+
+
+def probe_judges(labels_per_class: int) -> dict[str, Judge]:
+    """Linear probes on all labels and on a few a class, as columns of :func:`judge_features`."""
+    return {
+        "all labels": probe_accuracy,
+        f"{labels_per_class} labels a class": partial(probe_accuracy, labels_per_class=labels_per_class),
+    }
+
+
+def linear_probes(
+    model: MaskedAutoencoder,
+    data: ImageData,
+    seeds: Sequence[int] = range(5),
+    labels_per_class: int = 5,
+    workers: int = 0,
+) -> dict[str, dict[str, Score]]:
+    """Linear probes of a model and of its controls, with all labels and with few a class: :func:`judge_features`
+    with :func:`probe_judges`.
+
+    A seed draws the few labels, the validation splits, and the untrained encoder's weights; the held-out
+    pictures stay the same.
+
+    Raises
+    ------
+    ValueError
+        If the pictures have no labels, fewer than two classes, or too few of a class.
+
+    Book: :ref:`ch-first-training`.
+    """
+    check_labels(data, labels_per_class)
+    return judge_features(model, data, seeds, probe_judges(labels_per_class), workers)
+
+
+def class_count(data: ImageData) -> int:
+    """How many classes the labels of both parts speak of.
+
+    Raises ``ValueError`` unless every picture of both parts has a label, held-out ones of classes that there are to
+    train on, and there are at least two classes.
+    """
+    parts = {"training": data.train.labels, "held-out": data.held_out.labels}
+    for part, labels in parts.items():
+        if labels is None:
+            raise ValueError(f"labels are needed (class folders, or a label column); these {part} pictures have none")
+        if len(labels) and labels.min() < 0:
+            raise ValueError(
+                f"label {labels.min()} of a {part} picture: classes are counted from 0, none may be missing"
+            )
+    train, held_out = (np.unique(labels) for labels in parts.values() if labels is not None)
+    strange = np.setdiff1d(held_out, train)
+    if len(strange):
+        raise ValueError(
+            f"held-out pictures have {len(strange)} classes that no training picture has, such as {strange[0]}: "
+            f"{len(held_out)} classes held out, {len(train)} to train on"
+        )
+    if len(train) < 2:
+        raise ValueError("at least two classes are needed, these pictures have one")
+    named = len(data.classes)
+    if named and train[-1] >= named:
+        raise ValueError(f"label {train[-1]} is out of range: the data names {named} classes, counted from 0")
+    return max(named, int(train[-1]) + 1)
 
 
 def check_labels(data: ImageData, labels_per_class: int) -> None:
     """``ValueError`` unless both parts have labels of at least two classes, and enough of each to probe."""
-    if data.train.labels is None or data.held_out.labels is None:
-        raise ValueError("a linear probe needs labels (class folders, or a label column); these pictures have none")
+    class_count(data)
     if labels_per_class < 2:
         raise ValueError(f"labels_per_class={labels_per_class}: at least 2 are needed, one to fit and one to validate")
-    classes, counts = np.unique(data.train.labels, return_counts=True)
-    if len(classes) < 2:
-        raise ValueError("a linear probe needs at least two classes, these pictures have one")
+    classes, counts = np.unique(np.asarray(data.train.labels), return_counts=True)
     if counts.min() < labels_per_class:
         rare = int(classes[counts.argmin()])
         raise ValueError(f"class {rare} has {counts.min()} training pictures, labels_per_class={labels_per_class}")

@@ -21,8 +21,15 @@ Augmentation = Literal["none", "crop_flip"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["fp32", "bf16", "fp16"]
 
-OPERATIONAL = frozenset({"output_dir", "max_steps", "checkpoint_every", "workers", "device", "data_root", "compile"})
-"""Fields that may change when a run is continued: where, how far and how fast, not what."""
+OPERATIONAL = frozenset(
+    {"output_dir", "max_steps", "checkpoint_every", "workers", "device", "data_root", "compile"}
+    | {"accumulate", "shard", "tensorboard", "picture_every"}
+)
+"""Fields that may change when a run is continued: where, how far and how fast, not what.  (Another device, process
+count, ``accumulate`` or ``shard`` sums the same numbers in another order: equal up to rounding, not bit by bit.)"""
+
+LATER = {"streaming": False}
+"""Fields that older runs do not know, with what they did; left out of a run's identity at this value."""
 
 
 def image_size(model: FrameConfig) -> tuple[int, int]:
@@ -44,7 +51,7 @@ class PretrainConfig:
     """
 
     preset: str = "digits"
-    """Recipe that the other fields default to: digits, cifar10, imagenet-small, imagenet-base."""
+    """Recipe that the other fields default to; see crate_core.recipes.PRESETS."""
     output_dir: str = ""
     """Where weights, config, logs and checkpoints go; runs/PRESET unless given."""
     data: str = "digits"
@@ -56,7 +63,9 @@ class PretrainConfig:
     max_steps: int | None = None
     """Stop after this many steps; the schedule stays that of epochs. A larger number continues the run."""
     batch_size: int = 4096
-    """Pictures in a step, all devices together."""
+    """Pictures in a step, all devices and micro-batches together."""
+    accumulate: int = 1
+    """Micro-batches whose gradients are added up in a step, for pictures that do not fit in memory at once."""
     lr: float = 1.5e-4
     """Base learning rate; the peak is lr * batch_size / 256."""
     warmup_epochs: float = 40.0
@@ -79,6 +88,8 @@ class PretrainConfig:
     """auto takes a GPU when there is one."""
     compile: bool = False
     """Compile the model with torch.compile: a minute at the start for faster steps."""
+    shard: bool = False
+    """Spread weights, gradients and optimizer over the processes (FSDP2) instead of a copy on each (DDP)."""
     workers: int = 0
     """Processes that read pictures; batches do not depend on it."""
     checkpoint_every: int = 1000
@@ -87,6 +98,12 @@ class PretrainConfig:
     """Steps between lines of metrics.jsonl; each holds means over these steps."""
     max_unreadable: float = 0.1
     """Share of unreadable pictures above which the run stops."""
+    picture_every: int | None = None
+    """Steps between reconstruction pictures (reconstructions.png in the output directory); None: at the end only."""
+    tensorboard: bool = False
+    """Also write losses, gradient norm, throughput and pictures to the folder tensorboard."""
+    streaming: bool = False
+    """Read hf: data as it comes instead of copying it to the disk first; shuffled through a buffer."""
     data_root: str = "data"
     """Where torchvision's datasets lie, or are downloaded to."""
 
@@ -101,8 +118,12 @@ class PretrainConfig:
         accept("augmentation", self.augmentation in ("none", "crop_flip"), "none or crop_flip")
         accept("precision", self.precision in ("fp32", "bf16", "fp16"), "fp32, bf16 or fp16")
         accept("device", self.device in ("auto", "cpu", "cuda", "mps"), "auto, cpu, cuda or mps")
-        for name in ("batch_size", "checkpoint_every", "log_every"):
+        for name in ("batch_size", "accumulate", "checkpoint_every", "log_every"):
             accept(name, getattr(self, name) >= 1, "an integer of at least 1")
+        accept("accumulate", self.batch_size % self.accumulate == 0, f"a divisor of batch_size={self.batch_size}")
+        accept("picture_every", self.picture_every is None or self.picture_every >= 1, "an integer of at least 1")
+        accept("shard", not (self.shard and self.precision == "fp16"), "bf16 or fp32 beside it: no loss scaling there")
+        accept("streaming", not self.streaming or self.data.startswith("hf:"), "only with data=hf:...")
         for name in ("epochs", "lr"):
             accept(name, 0 < getattr(self, name) < math.inf, "a positive number")
         for name in ("weight_decay", "workers", "seed"):
@@ -153,6 +174,7 @@ class PretrainConfig:
     def identity(self) -> dict[str, Any]:
         """The fields that decide what the run computes, flat (``model.dim``), ready for JSON."""
         own = {name: value for name, value in self.to_dict().items() if name not in OPERATIONAL | {"model", "preset"}}
+        own = {name: value for name, value in own.items() if name not in LATER or value != LATER[name]}
         flat = {**own, **{f"model.{name}": value for name, value in self.model.to_dict().items()}}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in flat.items()}
 
@@ -179,21 +201,31 @@ class Preset:
     loss: tuple[float, float] | None = None
 
 
-def learning_rate(step: int, config: PretrainConfig, pictures: int) -> float:
-    r"""Learning rate of a step (counted from 0), linear warm-up and half a cosine,
+def warmup_cosine(epoch: float, peak: float, warmup_epochs: float, epochs: float) -> float:
+    r"""Learning rate after ``epoch`` epochs e, linear warm-up over w epochs and half a cosine to epoch E,
 
     .. math:: \eta(e) = \eta_{\max} \begin{cases} e / w & e < w \\
-              \tfrac12 \big(1 + \cos \pi \tfrac{e - w}{E - w}\big) & e \ge w \end{cases}, \qquad e = tB/n,
+              \tfrac12 \big(1 + \cos \pi \tfrac{e - w}{E - w}\big) & e \ge w \end{cases},
 
-    with w warm-up epochs, E epochs, batch size B and n ``pictures``; zero from epoch E on.
+    zero from epoch E on.
 
-    Book: :ref:`ch-first-training`.  MAE's schedule, which also changes every step.
+    Book: :ref:`ch-first-training`.  MAE's schedule.
+    """
+    if epoch < warmup_epochs:
+        return peak * epoch / warmup_epochs
+    progress = (epoch - warmup_epochs) / (epochs - warmup_epochs)
+    return peak * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def learning_rate(step: int, config: PretrainConfig, pictures: int) -> float:
+    r"""Learning rate of a step t (counted from 0): :func:`warmup_cosine` at :math:`e = tB/n` epochs,
+
+    batch size B and n ``pictures``.
+
+    Book: :ref:`ch-first-training`.  As in MAE, the rate changes every step.
     """
     epoch = step * config.batch_size / pictures
-    if epoch < config.warmup_epochs:
-        return config.peak_lr * epoch / config.warmup_epochs
-    progress = (epoch - config.warmup_epochs) / (config.epochs - config.warmup_epochs)
-    return config.peak_lr * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    return warmup_cosine(epoch, config.peak_lr, config.warmup_epochs, config.epochs)
 
 
 def total_steps(config: PretrainConfig, pictures: int) -> int:
@@ -258,12 +290,23 @@ PRESETS: dict[str, Preset] = {
         fields={"data": "folder:imagenet", "model": CrateMAEConfig.preset("base"), "workers": 16, "precision": "bf16"},
         cost="not measured yet",
     ),
+    "imagenet-large": Preset(
+        fields={
+            "data": "folder:imagenet",
+            "model": CrateMAEConfig.preset("large"),
+            "workers": 16,
+            "precision": "bf16",
+            "accumulate": 2,
+            "shard": True,
+        },
+        cost="not measured yet",
+    ),
 }
 """Recipes by name.
 
 ``digits``: scikit-learn's digits, no augmentation, a higher learning rate than MAE's for a model of this
-size. ``cifar10``: MAE's recipe with the batch of one small GPU.  ``imagenet-small`` and ``imagenet-base``:
-MAE's recipe for the published sizes.
+size. ``cifar10``: MAE's recipe with the batch of one small GPU.  ``imagenet-small``, ``imagenet-base`` and
+``imagenet-large``: MAE's recipe for the published sizes, the last one sharded and in two micro-batches.
 """
 
 

@@ -3,6 +3,7 @@ r"""What a model fills in: loss and signal-to-noise ratio on removed patches, ya
 Book: :ref:`ch-first-training`.
 """
 
+import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from crate_core.config import FrameConfig
 from crate_core.frame import MaskedAutoencoder
+from crate_core.pretrained import atomic_write
 from crate_core.recipes import image_size
 from crate_core.shapes import Images, PatchMask, PatchNoise
 from crate_core.sources import ImageSource, SelectedImages
@@ -197,7 +199,7 @@ def reconstruction_rows(model: MaskedAutoencoder, images: Images, mask_ratio: fl
 def save_reconstructions(
     path: str | Path, model: MaskedAutoencoder, images: Images, mask_ratio: float, noise: PatchNoise
 ) -> None:
-    """Write the figure of :func:`reconstruction_rows` as PNG, one row a picture.
+    """Write the figure of :func:`reconstruction_rows` as PNG, one row a picture; the file is whole or absent.
 
     Raises ``ValueError`` if there is no picture, ``OSError`` if the file cannot be written.
     """
@@ -214,4 +216,6 @@ def save_reconstructions(
             axis.set_axis_off()
     for axis, title in zip(axes[0], COLUMNS, strict=True):
         axis.set_title(title, fontsize=8)
-    figure.savefig(path, format="png")
+    png = io.BytesIO()
+    figure.savefig(png, format="png")
+    atomic_write(Path(path), png.getvalue())

@@ -3,96 +3,53 @@ r"""A run on disk: who owns the directory, checkpoints that are whole or absent,
 Layout of an output directory::
 
     run.json                     resolved config, data, and each start (command, versions, commit, device)
-    metrics.jsonl                one line per ``log_every`` steps
+    metrics.jsonl                one line per ``log_every`` steps; the same for a cut and an uncut run
+    timing.jsonl                 throughput beside it: what happened, never rewound
+    pictures/  tensorboard/      when asked for
+    .lock                        held by the process that trains; the system lets go of it when that ends
     checkpoints/step-00000500/   config.json, model.safetensors, optimizer.pt, progress.json
     model.safetensors config.json reconstructions.png summary.json     when finished
 
 Book: :ref:`ch-first-training`.
 """
 
-import importlib.metadata
+import contextlib
 import json
 import os
 import pickle
 import platform
 import re
 import shutil
-import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError
 
 from crate_core.frame import MaskedAutoencoder
 from crate_core.pretrained import CONFIG_FILE, WEIGHTS_FILE, StateDict, atomic_write, load_weights
+from crate_core.provenance import device_name as device_name
+from crate_core.provenance import git_commit as git_commit
+from crate_core.provenance import provenance as provenance
+from crate_core.provenance import write_json as write_json
 from crate_core.reconstruction import TrivialLoss
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
+TIMING_FILE = "timing.jsonl"
+LOCK_FILE = ".lock"
 SUMMARY_FILE = "summary.json"
 PICTURES_FILE = "reconstructions.png"
 CHECKPOINTS = "checkpoints"
 OPTIMIZER_FILE = "optimizer.pt"
 PROGRESS_FILE = "progress.json"
 CHECKPOINT_FILES = frozenset({CONFIG_FILE, WEIGHTS_FILE, OPTIMIZER_FILE, PROGRESS_FILE})
-PACKAGES = ("crate-core", "torch", "numpy", "scikit-learn", "accelerate", "safetensors", "torchvision")
 
 
 class CheckpointError(OSError):
-    """A checkpoint that could not be saved; the message names the last good one."""
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON whole or not at all.  ``ValueError`` for NaN and infinities, which JSON does not have."""
-    atomic_write(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
-
-
-def git_commit() -> str:
-    """Commit of the checkout that this package runs from, ``+changes`` if it was edited, else
-    ``"uncommitted"``.
-    """
-    root = Path(__file__).resolve().parent.parent
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
-        return done.stdout.strip() if done.returncode == 0 else ""
-
-    if shutil.which("git") is None or not (root / ".git").exists() or not (commit := git("rev-parse", "HEAD")):
-        return "uncommitted"
-    return commit + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
-
-
-def provenance(command: str, device: str) -> dict[str, Any]:
-    """Where a number comes from: command, commit, device, versions, time (UTC).  Names no machine and no
-    path.
-    """
-
-    def version(package: str) -> str:
-        try:
-            return importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            return "not installed"
-
-    return {
-        "command": command,
-        "commit": git_commit(),
-        "device": device,
-        "threads": torch.get_num_threads(),
-        "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
-def device_name(device: torch.device) -> str:
-    """A device in words: the GPU's name, or the processor's architecture and core count."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{device.type} ({platform.machine()}, {cores} cores)"
+    """A checkpoint or another file of a run that could not be written; the message names the last good one."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +90,8 @@ class RunDirectory:
         self.path = Path(path).expanduser()
         self.checkpoints = self.path / CHECKPOINTS
         self.metrics = self.path / METRICS_FILE
+        self.timing = self.path / TIMING_FILE
+        self._lock: IO[str] | None = None
 
     def claim(self, identity: Mapping[str, Any], config: Mapping[str, Any], start: Mapping[str, Any]) -> None:
         """Make the directory this run's, or check that it is; ``start`` is added to the starts in
@@ -147,38 +106,96 @@ class RunDirectory:
         Raises
         ------
         ValueError
-            If another run owns the directory (the differing fields are named) or it holds files of something
-            else. Nothing is written then.
+            If another run owns the directory (the differing fields are named), it holds files of something else, or
+            another process is writing it. Nothing is changed then.
         """
+        starts = self.owner_starts(identity)
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        self.lock()
+        try:
+            starts = self.owner_starts(identity)  # another process may have claimed it before the lock was ours
+            write_json(self.path / RUN_FILE, {"identity": identity, "config": config, "starts": [*starts, start]})
+        except (OSError, ValueError):
+            self.release()
+            raise
+
+    def owner_starts(self, identity: Mapping[str, Any]) -> list[Any]:
+        """The starts of the run that owns the directory, empty if none does; ``ValueError`` if another run does."""
         record = self.path / RUN_FILE
-        starts: list[Any] = []
-        if record.is_file():
-            try:
-                owner = json.loads(record.read_text())
-                recorded, starts = owner["identity"], owner["starts"]
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise ValueError(f"{record} is not the record of a run: {error!r}") from error
-            names = sorted(recorded.keys() | identity.keys())
-            differing = [
-                f"{name} (there {recorded.get(name)!r}, now {identity.get(name)!r})"
-                for name in names
-                if recorded.get(name) != identity.get(name)
-            ]
-            if differing:
-                raise ValueError(
-                    f"{self.path} holds another run, which differs in {'; '.join(differing)}. "
-                    "Give another --output-dir; nothing was changed"
-                )
-        else:
-            ours = (METRICS_FILE, CONFIG_FILE, WEIGHTS_FILE, SUMMARY_FILE, PICTURES_FILE, CHECKPOINTS)
+        if not record.is_file():
+            ours = (METRICS_FILE, CONFIG_FILE, WEIGHTS_FILE, SUMMARY_FILE, PICTURES_FILE)
             present = [name for name in ours if (self.path / name).exists()]
+            # An empty folder is what a process leaves that was killed before it wrote its record.
+            present += [CHECKPOINTS] if self.checkpoints.is_dir() and any(self.checkpoints.iterdir()) else []
             if present:
                 raise ValueError(
                     f"{self.path} already holds {', '.join(present)} and no {RUN_FILE}: it is not a run to continue. "
                     "Give another --output-dir; nothing was changed"
                 )
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
-        write_json(record, {"identity": identity, "config": config, "starts": [*starts, start]})
+            return []
+        try:
+            owner = json.loads(record.read_text())
+            recorded, starts = owner["identity"], owner["starts"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{record} is not the record of a run: {error!r}") from error
+        differing = [
+            f"{name} (there {recorded.get(name)!r}, now {identity.get(name)!r})"
+            for name in sorted(recorded.keys() | identity.keys())
+            if recorded.get(name) != identity.get(name)
+        ]
+        if differing:
+            raise ValueError(
+                f"{self.path} holds another run, which differs in {'; '.join(differing)}. "
+                "Give another --output-dir; nothing was changed"
+            )
+        return starts
+
+    def lock(self) -> None:
+        """Hold the directory for this process until :meth:`release` or its end, however it ends.
+
+        A record lock (``fcntl.lockf``), which the operating system takes back from a killed process; loader processes
+        do not inherit it.  Where there is no ``fcntl`` (Windows), nothing is locked.
+
+        Raises ``ValueError`` if another process holds it.
+        """
+        try:
+            import fcntl
+        except ModuleNotFoundError:
+            return
+        file = open(self.path / LOCK_FILE, "a+")  # noqa: SIM115  # open as long as the lock is held
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            file.close()
+            raise ValueError(
+                f"{self.path} is being written by another process ({holder}). Wait for it or end it, or give another "
+                "--output-dir; nothing was changed"
+            ) from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
+        self._lock = file
+
+    def release(self) -> None:
+        """Let go of the directory."""
+        if self._lock is not None:
+            self._lock.truncate(0)
+            self._lock.close()
+            self._lock = None
+
+    @contextlib.contextmanager
+    def writing(self, what: str) -> Iterator[None]:
+        """Turn a failed write of ``what`` into a :class:`CheckpointError` that names the last good checkpoint."""
+        try:
+            yield
+        except CheckpointError:
+            raise
+        except (OSError, RuntimeError, SafetensorError) as error:
+            kept = self.latest()
+            good = "there is no checkpoint" if kept is None else f"the last good one is {kept.path}"
+            raise CheckpointError(f"{what} could not be saved ({error}); {good}") from error
 
     def latest(self) -> Checkpoint | None:
         """The newest whole checkpoint."""
@@ -238,8 +255,13 @@ class RunDirectory:
         atomic_write(self.metrics, "".join(kept).encode())
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Append one line to the metrics log."""
-        with open(self.metrics, "a") as file:
+        """Append one line to the metrics log.  ``CheckpointError`` if it cannot be written."""
+        with self.writing("the log"), open(self.metrics, "a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def log_timing(self, record: Mapping[str, Any]) -> None:
+        """Append one line to the timing log.  ``CheckpointError`` if it cannot be written."""
+        with self.writing("the timing log"), open(self.timing, "a") as file:
             file.write(json.dumps(record) + "\n")
 
     def logged(self) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ axis      meaning
 Book: :ref:`ch-notation`.
 """
 
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Tokens = Float[Tensor, "*batch n d"]
@@ -69,6 +69,9 @@ Labels = Int[Tensor, "n"]
 Images = Float[Tensor, "B C H W"]
 """A batch of images."""
 
+PictureVectors = Float[Tensor, "B k"]
+"""One vector a picture: pooled features, or class scores."""
+
 Patches = Float[Tensor, "B L patch_pixels"]
 """Flattened patches: patch rows, then columns, then channels."""
 
@@ -83,3 +86,21 @@ PatchIndex = Int[Tensor, "B L_sub"]
 
 PatchOrder = Int[Tensor, "B L"]
 """One index for each patch, per image."""
+
+PatchSelection = Bool[Tensor, "L"]
+"""Some places of the patch grid, the same in every image."""
+
+HeadMaps = Float[Tensor, "B K h w"]
+"""One map a head (or another source of maps) and picture, on the grid of patches or on pixels."""
+
+ObjectMask = Bool[Tensor, "B h w"]
+"""True on the object, on the same grid as the maps that it is compared with."""
+
+ObjectMaps = Bool[Tensor, "B K h w"]
+"""Predicted object masks, one a map."""
+
+PerMap = Float[Tensor, "B K"]
+"""One number a map."""
+
+ColorMaps = Float[Tensor, "B rgb h w"]
+"""Colours in [0, 1] on the grid of patches."""

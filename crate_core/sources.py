@@ -8,6 +8,7 @@ Book: :ref:`ch-first-training`.
 """
 
 import io
+import os
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
@@ -213,14 +214,19 @@ def digits() -> ImageData:
 
 
 def image_files(directory: Path) -> list[Path]:
-    """Image files under a directory, at any depth, sorted; hidden files and folders are left out."""
-    return sorted(
-        path
-        for path in directory.rglob("*")
-        if path.suffix.lower() in IMAGE_EXTENSIONS
-        and not any(part.startswith(".") for part in path.relative_to(directory).parts)
-        and path.is_file()
-    )
+    """Image files under a directory, at any depth, sorted; hidden files and folders are left out.
+
+    Raises ``OSError`` for a folder that cannot be read, where ``Path.rglob`` would leave its pictures out in silence.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    found = []
+    for folder, folders, names in os.walk(directory, onerror=refuse, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(folder, n) for n in names if n.lower().endswith(IMAGE_EXTENSIONS) and not n.startswith(".")]
+    return sorted(found)
 
 
 def class_folders(directory: Path) -> tuple[FileImages, list[str]]:

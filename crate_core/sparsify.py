@@ -3,9 +3,11 @@ r"""Sparsification: the nonnegative lasso, proximal gradient steps, ISTA, and th
 Book: :ref:`ch-ista`.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from crate_core.shapes import Codes, Dictionary, Scalars, Tokens
 
@@ -110,6 +112,33 @@ def proximal_step(codes: Codes, z: Tokens, dictionary: Dictionary, eta: float, l
     return F.relu(codes + eta * (residual @ dictionary) - eta * lambd)
 
 
+class ISTAMatrix(torch.autograd.Function):
+    r"""The matrix of the fused step with its gradient in closed form,
+
+    .. math:: M = I + \eta\,(D - D^\top D), \qquad \nabla_D = \eta\,\big(G - D\,(G + G^\top)\big),
+
+    for a gradient G of M: two products of d x d matrices in all, where differentiating step by step takes three.
+
+    Book: :ref:`ch-cost`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, dictionary: Tensor, eta: float) -> Tensor:
+        gram = dictionary.mT @ dictionary
+        ctx.save_for_backward(dictionary)
+        # Under autocast the product is in half precision, and so is the one of the backward pass.
+        ctx.eta, ctx.product_dtype = eta, gram.dtype
+        matrix = eta * (dictionary - gram)
+        matrix.diagonal().add_(1.0)
+        return matrix
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (dictionary,) = ctx.saved_tensors
+        symmetric = (gradient + gradient.mT).to(ctx.product_dtype)
+        return ctx.eta * (gradient - dictionary.to(ctx.product_dtype) @ symmetric), None
+
+
 def ista_matrix(dictionary: Dictionary, eta: float) -> Dictionary:
     r"""The matrix :math:`M = I + \eta (D - D^\top D)` of the fused step, so that tokens as rows v give :math:`v M`.
 
@@ -124,10 +153,9 @@ def ista_matrix(dictionary: Dictionary, eta: float) -> Dictionary:
     -------
     tensor (d, d)
 
-    Book: :ref:`ch-ista`, :eq:`eq-ista-fused`.
+    Book: :ref:`ch-ista`, :eq:`eq-ista-fused`.  Its gradient is that of :class:`ISTAMatrix`.
     """
-    identity = torch.eye(dictionary.shape[-1], dtype=dictionary.dtype, device=dictionary.device)
-    return identity + eta * (dictionary - dictionary.mT @ dictionary)
+    return ISTAMatrix.apply(dictionary, eta)
 
 
 def ista(z: Tokens, dictionary: Dictionary, eta: float = 0.1, lambd: float = 0.5) -> Tokens:
@@ -173,7 +201,7 @@ def ista(z: Tokens, dictionary: Dictionary, eta: float = 0.1, lambd: float = 0.5
             f"a step from the tokens needs a square dictionary, got {tuple(dictionary.shape)}; "
             "use proximal_step with codes of your own for an over-complete one"
         )
-    return F.relu(z @ ista_matrix(dictionary, eta) - eta * lambd)
+    return (z @ ista_matrix(dictionary, eta)).sub_(eta * lambd).relu_()  # in place: no copy of the tokens is written
 
 
 class ISTA(nn.Module):

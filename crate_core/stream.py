@@ -15,24 +15,23 @@ Book: :ref:`ch-first-training`.
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from enum import IntEnum
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision.transforms import InterpolationMode, RandomHorizontalFlip, RandomResizedCrop
-from torchvision.transforms import functional as transforms
 
 from crate_core.recipes import Augmentation
-from crate_core.shapes import Images, PatchNoise
+from crate_core.shapes import PatchNoise
 from crate_core.sources import ImageSource, Picture, UnreadableImageError
-
-Size = tuple[int, int]
-
-CROP_SCALE = (0.2, 1.0)
-"""Area of a random crop, as a share of the picture: MAE's pretraining."""
+from crate_core.transforms import CROP_SCALE as CROP_SCALE
+from crate_core.transforms import Size, crop_flip, fit, mixed, raw_tensor
+from crate_core.transforms import augmented as augmented
+from crate_core.transforms import in_mode as in_mode
+from crate_core.transforms import prepare as prepare
+from crate_core.transforms import to_tensor as to_tensor
 
 SUBSTITUTES = 100
 """How many other pictures are tried in the place of one that cannot be read."""
@@ -58,67 +57,24 @@ def random_generator(*numbers: int) -> torch.Generator:
     return torch.Generator().manual_seed(random_key(*numbers))
 
 
+@lru_cache(maxsize=8)
+def epoch_key(seed: int, epoch: int) -> int:
+    """What the augmentation of one epoch is drawn from."""
+    return random_key(seed, Stream.AUGMENT, epoch)
+
+
+def picture_key(seed: int, epoch: int, index: int) -> int:
+    """What the augmentation of one picture in one epoch is drawn from; :func:`random_key` would cost a tenth of
+    reading a small picture.
+    """
+    return mixed(epoch_key(seed, epoch) ^ mixed(index))
+
+
 def mask_noise(seed: int, step: int, batch_size: int, length: int, stream: Stream = Stream.MASK) -> PatchNoise:
     """Uniform noise (batch_size, length) in [0, 1) that fixes the masks of one step: a function of (seed,
     step).
     """
     return torch.rand(batch_size, length, generator=random_generator(seed, stream, step))
-
-
-def to_tensor(picture: Picture, channels: int) -> Tensor:
-    """A picture as a float tensor (C, H, W) in [0, 1], grey for one channel and colour for three.
-
-    Raises ``ValueError`` for other channel counts, unless the picture is a tensor that has just as many.
-    """
-    if isinstance(picture, Tensor):
-        if len(picture) == channels:
-            return picture
-        if len(picture) == 1 and channels == 3:
-            return picture.expand(3, -1, -1)
-        if len(picture) == 3 and channels == 1:
-            return transforms.rgb_to_grayscale(picture)
-        raise ValueError(f"pictures of {len(picture)} channels do not fit a model of {channels}")
-    return transforms.pil_to_tensor(in_mode(picture, channels)).float() / 255
-
-
-def in_mode(picture: Picture, channels: int) -> Picture:
-    """A PIL picture in the mode that has this many channels; tensors pass.  ``ValueError`` unless 1 or 3."""
-    if isinstance(picture, Tensor):
-        return picture
-    if channels not in (1, 3):
-        raise ValueError(f"image files are read as grey (1 channel) or colour (3), the model has {channels}")
-    return picture.convert("L" if channels == 1 else "RGB")
-
-
-def fit(picture: Picture, size: Size) -> Picture:
-    """Resize so that the picture just covers ``size`` (height, width), bicubic, and cut the centre."""
-    width, height = transforms.get_image_size(picture)
-    if (height, width) == size:
-        return picture
-    scale = max(size[0] / height, size[1] / width)
-    covering = [max(size[0], round(height * scale)), max(size[1], round(width * scale))]
-    resized = transforms.resize(picture, covering, InterpolationMode.BICUBIC, antialias=True)
-    return transforms.center_crop(resized, list(size))
-
-
-def prepare(picture: Picture, size: Size, channels: int) -> Tensor:
-    """What evaluation sees: :func:`fit`, then a tensor (channels, height, width) in [0, 1]."""
-    return to_tensor(fit(in_mode(picture, channels), size), channels).clamp(0, 1)
-
-
-def augmented(picture: Picture, size: Size, channels: int, key: int) -> Tensor:
-    """Random resized crop (area 0.2 to 1, bicubic) and horizontal flip, a function of ``key`` alone; then a
-    tensor.
-
-    The two transforms of MAE's pretraining, from torchvision, which draw from torch's global generator: its
-    state is put aside and back.
-    """
-    picture = in_mode(picture, channels)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(key)
-        cropped = RandomResizedCrop(size, CROP_SCALE, interpolation=InterpolationMode.BICUBIC, antialias=True)(picture)
-        flipped = RandomHorizontalFlip()(cropped)
-    return to_tensor(flipped, channels).clamp(0, 1)
 
 
 class EpochOrder:
@@ -128,13 +84,13 @@ class EpochOrder:
 
     def __init__(self, count: int, seed: int) -> None:
         self.count, self.seed = count, seed
-        self._epoch, self._permutation = -1, torch.empty(0, dtype=torch.int64)
+        self._epoch, self._permutation = -1, np.empty(0, dtype=np.int64)
 
     def __getitem__(self, position: int) -> tuple[int, int]:
         epoch, place = divmod(position, self.count)
         if epoch != self._epoch:
             generator = random_generator(self.seed, Stream.SHUFFLE, epoch)
-            self._epoch, self._permutation = epoch, torch.randperm(self.count, generator=generator)
+            self._epoch, self._permutation = epoch, torch.randperm(self.count, generator=generator).numpy()
         return epoch, int(self._permutation[place])
 
 
@@ -189,13 +145,14 @@ def local_rows(batch_size: int, process: int, processes: int) -> slice:
 
 @dataclass(frozen=True)
 class Batch:
-    """``images`` (b, C, H, W) in [0, 1], ``indices`` (b,) of the pictures, and (index, message) of unreadable
-    ones.
+    """``images`` (b, C, H, W), ``indices`` (b,) of the pictures, and (index, message) of unreadable ones.
 
+    Images are bytes where the pictures are (a quarter of what floats would move between processes and to a GPU), else
+    floats in [0, 1]; ``model.standardize`` takes both, to the same numbers.
     ``complete`` is false if a picture and all its substitutes were unreadable; its row is zero then.
     """
 
-    images: Images
+    images: Tensor
     indices: Tensor
     unreadable: tuple[tuple[int, str], ...]
     complete: bool = True
@@ -217,8 +174,8 @@ class TrainingPictures(Dataset[Batch]):
         self.augmentation, self.seed = augmentation, seed
 
     def __getitems__(self, items: list[tuple[int, int]]) -> Batch:
-        images, indices, unreadable, complete = [], [], [], True
-        for epoch, wanted in items:
+        images, indices, unreadable, missing = [], [], [], []
+        for row, (epoch, wanted) in enumerate(items):
             for index in self.candidates(wanted):
                 try:
                     picture = self.source.read(index)
@@ -229,10 +186,11 @@ class TrainingPictures(Dataset[Batch]):
                 indices.append(index)
                 break
             else:
-                images.append(torch.zeros(self.channels, *self.size))
-                indices.append(wanted)
-                complete = False
-        return Batch(torch.stack(images), torch.tensor(indices), tuple(unreadable), complete)
+                missing.append(row)
+        for row in missing:
+            images.insert(row, torch.zeros_like(images[0]) if images else torch.zeros(self.channels, *self.size))
+            indices.insert(row, items[row][1])
+        return Batch(torch.stack(images), torch.tensor(indices), tuple(unreadable), not missing)
 
     def candidates(self, wanted: int) -> Iterator[int]:
         """The wanted picture, then its substitutes."""
@@ -241,10 +199,14 @@ class TrainingPictures(Dataset[Batch]):
         yield from torch.randint(len(self.source), (SUBSTITUTES,), generator=generator).tolist()
 
     def transform(self, picture: Picture, epoch: int, index: int) -> Tensor:
-        """The picture as epoch ``epoch`` sees it."""
+        """The picture (C, H, W) as epoch ``epoch`` sees it."""
+        picture = in_mode(picture, self.channels)
         if self.augmentation == "none":
-            return prepare(picture, self.size, self.channels)
-        return augmented(picture, self.size, self.channels, random_key(self.seed, Stream.AUGMENT, epoch, index))
+            shown = fit(picture, self.size)
+        else:
+            shown = crop_flip(picture, self.size, picture_key(self.seed, epoch, index))
+        pixels = raw_tensor(shown, self.channels)
+        return pixels if pixels.dtype == torch.uint8 else pixels.clamp(0, 1)
 
 
 class HeldOutPictures(Dataset[Batch]):

@@ -20,6 +20,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from tiny_runs import ENVIRONMENT, ROOT, TINY, contents, snapshot, tiny, train
 from torch import nn
 
 import crate_core.runs as runs
@@ -27,6 +28,7 @@ from crate_core.config import CrateMAEConfig
 from crate_core.model import CrateMAE
 from crate_core.patches import patchify
 from crate_core.recipes import (
+    LATER,
     OPERATIONAL,
     PRESETS,
     PretrainConfig,
@@ -38,39 +40,6 @@ from crate_core.recipes import (
 from crate_core.reconstruction import trivial_loss
 from crate_core.runs import CheckpointError, RunDirectory, git_commit, provenance
 from crate_core.train import PICTURES_SHOWN, TrainingDivergedError, initial_model, pretrain
-
-ROOT = Path(__file__).resolve().parents[1]
-TINY = CrateMAEConfig.preset("digits", dim=16, depth=1, heads=2)
-
-
-def tiny(output_dir: Path, **overrides: object) -> PretrainConfig:
-    """Twelve steps of a very small model; neither log nor checkpoints fall on the end alone."""
-    fields = {
-        "model": TINY,
-        "batch_size": 16,
-        "epochs": 12 * 16 / 1438,
-        "warmup_epochs": 2 * 16 / 1438,
-        "log_every": 3,
-        "checkpoint_every": 4,
-        "device": "cpu",
-        "output_dir": str(output_dir),
-    }
-    return PretrainConfig.from_preset("digits", **{**fields, **overrides})
-
-
-def train(config: PretrainConfig) -> list[str]:
-    """Pretrain without a progress bar; returns what was said."""
-    said: list[str] = []
-    pretrain(config, progress=False, report=said.append)
-    return said
-
-
-def contents(directory: Path, names: tuple[str, ...] = ("model.safetensors", "metrics.jsonl")) -> dict[str, bytes]:
-    return {name: (directory / name).read_bytes() for name in names}
-
-
-def snapshot(directory: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
 
 
 @pytest.fixture(autouse=True)
@@ -205,7 +174,9 @@ def test_an_unknown_choice_is_named(field: str, value: str, message: str) -> Non
 def test_identity_leaves_out_operational_fields_only() -> None:
     config = PretrainConfig.from_preset("digits")
     names = {name.partition(".")[0] for name in config.identity()}
-    assert names == set(config.to_dict()) - OPERATIONAL - {"preset"}
+    assert names == set(config.to_dict()) - OPERATIONAL - {"preset", *LATER}
+    streamed = replace(config, data="hf:x", streaming=True)
+    assert set(streamed.identity()) == set(config.identity()) | {"streaming"}
 
 
 def test_expected_loss_is_for_the_unchanged_preset() -> None:
@@ -432,8 +403,7 @@ def test_a_run_killed_at_any_moment_ends_with_the_bits_of_the_uncut_run(tmp_path
     moments = ["step@2", "weights", "step@5", "rename", "clean", "step@10", "finish", "none"]
     config = tiny(uncut.path)
     command = [sys.executable, "-c", DRIVER, str(tmp_path / "cut"), json.dumps(config.to_dict()), *moments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
     ends = {moment: (code, kept) for moment, code, kept in map(json.loads, done.stdout.splitlines())}
     assert all(ends[moment][0] == signal.SIGKILL for moment in moments[:-1]), ends
@@ -456,11 +426,10 @@ def test_a_command_killed_from_outside_goes_on(tmp_path: Path) -> None:
     base = [sys.executable, "-m", "crate_core.cli", "pretrain", "--device", "cpu", "--max-steps", "60"]
     base += ["--model.dim", "16", "--model.depth", "1", "--model.heads", "2", "--batch-size", "16", "--log-every", "7"]
     base += ["--checkpoint-every", "5", "--warmup-epochs", "1", "--seed", "3"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     log = tmp_path / "cut" / "metrics.jsonl"
     process = subprocess.Popen(
         [*base, "--output-dir", str(tmp_path / "cut")],
-        env=environment, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        env=ENVIRONMENT, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     while process.poll() is None and not (log.exists() and log.read_text().count("\n") >= 2):
         time.sleep(0.002)
@@ -468,7 +437,7 @@ def test_a_command_killed_from_outside_goes_on(tmp_path: Path) -> None:
     assert process.wait() == -signal.SIGKILL
     assert not (tmp_path / "cut" / "summary.json").exists()
     done = subprocess.run(
-        [*base, "--output-dir", str(tmp_path / "cut")], env=environment, cwd=ROOT, capture_output=True, text=True
+        [*base, "--output-dir", str(tmp_path / "cut")], env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     assert "continuing after step" in done.stdout

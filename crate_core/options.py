@@ -1,0 +1,110 @@
+"""Options of the ``crate`` command beside those of ``pretrain``; their docstrings are what ``--help`` shows.
+
+Book: :ref:`ch-evaluation`.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Device = Literal["auto", "cpu", "cuda", "mps"]
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Linear probes, nearest neighbours and fine-tuning of a checkpoint beside their controls, and reconstruction.
+
+    Writes evaluation.json beside the checkpoint and prints it as a table.
+    """
+
+    checkpoint: str
+    """Directory of a saved model (such as a run's output directory), a bundled name, or a Hugging Face Hub id."""
+    data: str | None = None
+    """digits, folder:PATH, torchvision:NAME, hf:NAME-OR-PARQUET-PATH; None takes the data of the run."""
+    seeds: int = 5
+    """Probes of each kind; a seed draws the few labels, validation splits and untrained weights."""
+    labels_per_class: int = 5
+    """Labels a class in the column of few labels."""
+    mask_ratios: tuple[float, ...] = (0.25, 0.5, 0.75, 0.875)
+    """Where reconstruction is measured; none leaves it out."""
+    probe: bool = True
+    """Fit linear probes."""
+    neighbours: bool = True
+    """Let nearest neighbours vote."""
+    finetune_epochs: float = 0.0
+    """Also fine-tune for so many epochs, beside the same network from scratch, once for each seed."""
+    finetune_lr: float = 1e-3
+    """Base learning rate of fine-tuning; the peak is this times batch size over 256."""
+    finetune_batch_size: int = 256
+    """Pictures in a step of fine-tuning."""
+    finetune_precision: Literal["fp32", "bf16"] = "fp32"
+    """fp32, or autocast to bf16."""
+    device: Device = "auto"
+    """auto takes a GPU when there is one."""
+    workers: int = 0
+    """Processes that read pictures."""
+    output: str | None = None
+    """The JSON file; None writes evaluation.json beside the checkpoint."""
+
+
+@dataclass(frozen=True)
+class Reconstruct:
+    """A picture of masked inputs, reconstructions and originals, as PNG."""
+
+    checkpoint: str
+    """Directory of a saved model, or a Hugging Face Hub id."""
+    images: tuple[str, ...] = ()
+    """Image files; brought to the model's size and channels."""
+    data: str | None = None
+    """Instead of files: held-out pictures of digits, folder:PATH, torchvision:NAME,
+    hf:NAME-OR-PARQUET-PATH.
+    """
+    output: str = "reconstructions.png"
+    """The picture to write."""
+    count: int = 8
+    """How many held-out pictures of --data."""
+    mask_ratio: float = 0.75
+    """Share of patches to remove."""
+    seed: int = 0
+    """Fixes the masks."""
+
+
+@dataclass(frozen=True)
+class Inspect:
+    """What the layers, tokens and heads of a checkpoint do, beside the same network untrained: one HTML page.
+
+    Without --images and --data: held-out digits, or photographs that scikit-learn ships, as the model's channels ask.
+    """
+
+    checkpoint: str
+    """Directory of a saved model, a bundled name, or a Hugging Face Hub id."""
+    images: tuple[str, ...] = ()
+    """Image files; brought to the model's size and channels."""
+    data: str | None = None
+    """Instead of files: held-out pictures of digits, folder:PATH, torchvision:NAME,
+    hf:NAME-OR-PARQUET-PATH.
+    """
+    output: str = "report.html"
+    """The page to write; pictures are inside it."""
+    count: int = 32
+    """How many pictures of --data, or of those that are shipped."""
+    eps: float = 0.5
+    """Coding precision: the error allowed per token, as a share of the tokens' norm."""
+    seeds: int = 3
+    """Untrained controls."""
+    device: Device = "auto"
+    """auto takes a GPU when there is one."""
+
+
+@dataclass(frozen=True)
+class Convert:
+    """Convert an authors' mae_crate_* checkpoint to config.json and model.safetensors.
+
+    The file is read without executing anything that it may hold.
+    """
+
+    reference: str
+    """REFERENCE: the authors' .pth file."""
+    output_dir: str
+    """OUTDIR: directory to write."""
+    heads: int | None = None
+    """Heads of a size that was not published."""
