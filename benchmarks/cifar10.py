@@ -32,9 +32,10 @@ from crate_core.frame import MaskedAutoencoder
 from crate_core.neighbours import neighbour_accuracy
 from crate_core.pretrained import save_model
 from crate_core.probe import encode, probe_accuracy, small_pixels, untrained
-from crate_core.recipes import PretrainConfig, image_size
+from crate_core.provenance import device_name, provenance, write_json
+from crate_core.recipes import OPERATIONAL, PretrainConfig, image_size
 from crate_core.reconstruction import reconstruction_by_ratio, some_pictures
-from crate_core.runs import RUN_FILE, device_name, provenance, write_json
+from crate_core.runs import RUN_FILE, PretrainResult, RunDirectory, result_of
 from crate_core.sources import ImageData, SelectedImages
 from crate_core.train import pretrain
 
@@ -112,7 +113,9 @@ def pictures_of(options: argparse.Namespace) -> ImageData:
     return replace(data, train=SelectedImages(data.train, chosen))
 
 
-def scores_of(model: MaskedAutoencoder, data: ImageData, seed: int, fine_tuned: bool) -> dict[str, Any]:
+def scores_of(
+    model: MaskedAutoencoder, data: ImageData, seed: int, fine_tuned: bool, fresh: bool = False
+) -> dict[str, Any]:
     """What a model is worth: completion on held-out pictures, linear probes, neighbours, and fine-tuning."""
     started = time.perf_counter()
     held_out = some_pictures(data.held_out, model.config)
@@ -129,7 +132,10 @@ def scores_of(model: MaskedAutoencoder, data: ImageData, seed: int, fine_tuned: 
         "neighbour_accuracy": neighbour_accuracy(train.patch_mean, labels[0], test.patch_mean, labels[1]),
     }
     if fine_tuned:
-        scores["finetuned_accuracy"] = finetune(model, data, FinetuneConfig(**FINETUNE, seed=seed)).accuracy
+        # Slower lower layers are for pretrained ones; fresh ones must all learn.
+        decay = 1.0 if fresh else FinetuneConfig.layer_decay
+        tuning = FinetuneConfig(**FINETUNE, seed=seed, layer_decay=decay)
+        scores["finetuned_accuracy"] = finetune(model, data, tuning).accuracy
     return {**scores, "scored_in_seconds": round(time.perf_counter() - started, 1)}
 
 
@@ -154,12 +160,27 @@ def operations(model: MaskedAutoencoder) -> int:
     return counter.get_total_flops() // 64
 
 
+def trained(config: PretrainConfig, directory: Path) -> PretrainResult:
+    """The result of a run: the finished one that is there, if it is this run, else trained or continued now."""
+    run = RunDirectory(directory)
+    if run.summary() is None:
+        return pretrain(config, progress=False)
+    # A later version of the package may have more fields; those that both know must agree, but for where the data lies.
+    recorded = json.loads((directory / RUN_FILE).read_text())["config"]
+    wanted = json.loads(json.dumps(config.to_dict()))
+    common = (recorded.keys() & wanted.keys()) - OPERATIONAL - {"data"}
+    odd = [name for name in common if recorded[name] != wanted[name]]
+    if odd:
+        raise ValueError(f"{directory} holds a finished run that differs in {sorted(odd)}")
+    return result_of(run)
+
+
 def record_of(
     name: str, changes: Mapping[str, Any], seed: int, data: ImageData, options: argparse.Namespace
 ) -> dict[str, Any]:
     """Train (or reuse) and score one run; its scores are kept beside it."""
     directory = options.runs / f"{name.replace(' ', '-')}-epochs-{options.epochs:g}-seed-{seed}"
-    result = pretrain(configure(changes, seed, directory, options), progress=False)
+    result = trained(configure(changes, seed, directory, options), directory)
     if options.weights:
         save_half(directory, options.weights / f"{name}-seed{seed}")
     record = {
@@ -184,7 +205,7 @@ def untrained_records(config: FrameConfig, data: ImageData, options: argparse.Na
     for seed in options.seeds:
         kept = options.runs / f"untrained-{config.model_type}-seed-{seed}.json"
         if not kept.is_file():
-            write_json(kept, scores_of(untrained(config, seed).to(options.device), data, seed, True))
+            write_json(kept, scores_of(untrained(config, seed).to(options.device), data, seed, True, fresh=True))
         records.append({"seed": seed, **json.loads(kept.read_text())})
     return records
 

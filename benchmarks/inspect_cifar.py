@@ -4,8 +4,9 @@ r"""CIFAR-10: what the layers of trained and untrained encoders do, measured.
 
 Takes every saved model in ``--models`` (folders NAME-seedN, such as crate-seed0, vit-seed0, labels-seed0; a new name
 is a new model), and beside each architecture the same network untrained, from three seeds.  Measures each on the same
-training and held-out pictures, whole, and on held-out pictures masked as in pretraining, and writes means and spreads
-over pictures with provenance.  Under three minutes on one CPU core.
+training and held-out pictures, whole, and on held-out pictures masked as in pretraining; asks what a linear map reads
+off the tokens of removed patches; and writes means and spreads over pictures with provenance.  About three minutes on
+one CPU core.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from crate_core.frame import MaskedAutoencoder
 from crate_core.inspect_layers import inspect_layers, inspect_weights, summarize
 from crate_core.probe import untrained
 from crate_core.provenance import device_name, provenance, write_json
+from crate_core.readout import linear_readout
 from crate_core.reconstruction import some_pictures
 
 UNTRAINED_SEEDS = (0, 1, 2)
@@ -101,6 +103,8 @@ def main() -> None:
             "held_out": summarize(inspect_layers(model, held_out, eps=options.eps)),
             "masked": summarize(inspect_layers(model, few, eps=options.eps, mask_ratio=MASK_RATIO)),
         }
+        if not config.encode_visible_only:
+            run["readout"] = linear_readout(model, train, held_out, MASK_RATIO).tolist()
         models.setdefault(name, {"model": config.to_dict(), "runs": []})["runs"].append(rounded(run))
         print(f"{name}, seed {seed}")
     options.output.parent.mkdir(parents=True, exist_ok=True)

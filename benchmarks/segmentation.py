@@ -28,9 +28,10 @@ from crate_core.inspect_heads import all_attention_maps, upsample
 from crate_core.inspect_tokens import signed_components, token_pca, trace_tokens
 from crate_core.patches import patch_grid, patchify
 from crate_core.probe import untrained
-from crate_core.runs import device_name, provenance, write_json
+from crate_core.provenance import device_name, provenance, write_json
 from crate_core.segmentation import (
     ATTENTION_MASS,
+    ForegroundScores,
     centre_blob,
     foreground_scores,
     patch_contrast,
@@ -65,15 +66,30 @@ def named_models(folder: Path, untrained_seeds: int) -> Iterator[tuple[str, int,
             yield f"{kind.removesuffix('-mae')} untrained", seed, untrained(model.config, seed)
 
 
-def maps_of_model(model: MaskedAutoencoder, images: Tensor) -> dict[str, Tensor]:
-    """Maps (B, K, h, w) by source: every head of every layer, and token components up and down."""
+def attention(model: MaskedAutoencoder, images: Tensor) -> dict[str, Tensor]:
+    """Attention maps (B, K, h, w) of every head of every layer, by the token that looks."""
     layers = all_attention_maps(model, images)
-    trace = trace_tokens(model, images)
     return {
         "class token": torch.cat([layer.class_token for layer in layers], 1),
         "mean token": torch.cat([layer.mean_token for layer in layers], 1),
-        "components": signed_components(token_pca(trace.hidden_states[-1][:, 1:]), trace.grid),
     }
+
+
+def component_maps(model: MaskedAutoencoder, images: Tensor) -> Tensor:
+    """Token components (B, 6, h, w) up and down, the mean over pictures taken off at each place, as the first
+    components would show the place otherwise.
+    """
+    trace = trace_tokens(model, images)
+    tokens = trace.hidden_states[-1][:, 1:]
+    return signed_components(token_pca(tokens - tokens.mean(0)), trace.grid)
+
+
+def record_of(model: MaskedAutoencoder, pictures: Composites, seed: int) -> dict[str, Any]:
+    """All scores of a model on a set of pictures, and those of the same heads on the pictures without their object."""
+    maps, erased = attention(model, pictures.images), attention(model, pictures.background)
+    record = {source: summary(maps[source], pictures, seed) for source in maps}
+    record |= {f"{source}, object erased": summary(maps[source], pictures, seed, erased[source]) for source in maps}
+    return record | {"components": summary(component_maps(model, pictures.images), pictures, seed)}
 
 
 def maps_without_model(images: Tensor, patch_size: int, heads: int, seed: int) -> dict[str, Tensor]:
@@ -84,16 +100,23 @@ def maps_without_model(images: Tensor, patch_size: int, heads: int, seed: int) -
         "centre blob": centre_blob(grid).expand(len(images), 1, *grid),
         "random": random_maps(len(images), heads, grid, torch.Generator().manual_seed(seed)),
         "pixel contrast": patch_contrast(patches, grid),
-        "pixel components": signed_components(token_pca(patches), grid),
+        "pixel components": signed_components(token_pca(patches - patches.mean(0)), grid),
     }
 
 
-def summary(maps: Tensor, pictures: Composites, seed: int) -> dict[str, Any]:
-    """Each metric of the best of the maps: held-out mean and its standard error over pictures, and the biased ones."""
-    scores = foreground_scores(upsample(maps, pictures.mask.shape[1:]), pictures.mask)
+def summary(maps: Tensor, pictures: Composites, seed: int, control: Tensor | None = None) -> dict[str, Any]:
+    """Each metric of the best of the maps: held-out mean and its standard error over pictures, and the biased ones.
+
+    With a control, the maps chosen are the same and the scores are those of the control's maps.
+    """
+
+    def scored(some: Tensor) -> ForegroundScores:
+        return foreground_scores(upsample(some, pictures.mask.shape[1:]), pictures.mask)
+
+    scores, reported = scored(maps), scored(maps if control is None else control)
     record: dict[str, Any] = {"maps": maps.shape[1]}
     for metric in METRICS:
-        best = select_map(getattr(scores, metric), seed)
+        best = select_map(getattr(scores, metric), seed, getattr(reported, metric))
         record[metric] = {
             "held_out": round(float(best.held_out.mean()), 4),
             "standard_error": round(float(best.held_out.std() / len(best.held_out) ** 0.5), 4),
@@ -127,10 +150,7 @@ def main() -> None:
     for name, pictures in picture_sets(options.pictures, options.seed).items():
         by_model: dict[str, dict[str, dict[str, Any]]] = {}
         for kind, seed, model in models:
-            by_source = {
-                source: summary(maps, pictures, options.seed)
-                for source, maps in maps_of_model(model, pictures.images).items()
-            }
+            by_source = record_of(model, pictures, options.seed)
             by_model.setdefault(kind, {})[str(seed)] = by_source
         controls = maps_without_model(pictures.images, config.patch_size, heads, options.seed)
         records[name] = {

@@ -22,8 +22,8 @@ from crate_core.frame import MaskedAutoencoder
 from crate_core.inspect_tokens import midpoint_nonlinearity, token_pca, trace_tokens
 from crate_core.measures import entropy_rank, participation_ratio, token_spectrum
 from crate_core.patches import patchify
+from crate_core.provenance import device_name, provenance, write_json
 from crate_core.reconstruction import some_pictures
-from crate_core.runs import device_name, provenance, write_json
 from crate_core.token_blends import interpolate_tokens
 
 DIRECTIONS = 32

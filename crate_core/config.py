@@ -5,7 +5,7 @@ Book: :ref:`ch-crate-mae`.
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar, Literal, Self, get_args
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 from crate_core.patches import patch_grid
 from crate_core.sparsify import check_step
@@ -15,6 +15,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 Norm = Literal["layer", "rms", "none"]
+Config = TypeVar("Config", bound="FrameConfig")
 
 
 @dataclass(frozen=True)
@@ -83,14 +84,14 @@ class FrameConfig:
             raise ValueError(f"{name} must be a positive integer, got {value!r}")
 
     @classmethod
-    def preset(cls, name: str, **overrides: Any) -> Self:
+    def preset(cls: type[Config], name: str, **overrides: Any) -> Config:
         """A named size; ``ValueError`` for an unknown name or field."""
         if name not in cls.presets:
             raise ValueError(f"unknown preset {name!r}, accepted: {', '.join(cls.presets)}")
         return cls.from_dict({**cls.presets[name], **overrides})
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+    def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
         """The configuration with these fields; ``ValueError`` names unknown ones, or another architecture."""
         found = values.get("model_type", cls.model_type)
         if found != cls.model_type:

@@ -2,7 +2,7 @@ r"""The loss that is normal at each point of a run, by preset, and how it was me
 
 Runs of an unchanged preset over seeds give the means of their logs' lines; around point e (in epochs) of a run
 
-.. math:: \bar\ell(e) \pm \big(4\, s(e) + 0.01\, \bar\ell(e)\big),
+.. math:: \bar\ell(e) \pm \big(4\, s(e) + 0.03\, \bar\ell(e)\big),
 
 with the mean and standard deviation of single lines, of all seeds, whose epoch lies within 15 % of e.  A line of
 another run of that preset falls outside by chance about once in ten thousand.
@@ -37,7 +37,7 @@ def loss_band(logs: Sequence[Sequence[Mapping[str, Any]]], points: int = POINTS)
     Parameters
     ----------
     logs : for each seed the lines of ``metrics.jsonl``, as dictionaries.
-    points : how many.
+    points : how many at most; each at the epoch of a line.
 
     Returns
     -------
@@ -55,11 +55,11 @@ def loss_band(logs: Sequence[Sequence[Mapping[str, Any]]], points: int = POINTS)
     lines = [(line["epoch"], line["loss"]) for log in logs for line in log]
     first, last = max(log[1]["epoch"] for log in logs), min(log[-1]["epoch"] for log in logs)
     band = []
-    for i in range(points):
-        epoch = first * (last / first) ** (i / (points - 1))
+    wanted = (first * (last / first) ** (i / (points - 1)) for i in range(points))
+    for epoch in sorted({min((e for e, _ in lines), key=lambda e, w=w: abs(e - w)) for w in wanted}):
         near = [loss for e, loss in lines if abs(e - epoch) <= WINDOW * epoch]
         mean, spread = statistics.fmean(near), statistics.stdev(near) if len(near) > 1 else 0.0
-        width = 4 * spread + 0.01 * mean
+        width = 4 * spread + 0.03 * mean
         band.append({"epoch": epoch, "mean": mean, "low": mean - width, "high": mean + width})
     return [{name: round(value, 4) for name, value in point.items()} for point in band]
 

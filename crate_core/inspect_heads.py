@@ -9,8 +9,11 @@ import torch
 import torch.nn.functional as F
 
 from crate_core.frame import MaskedAutoencoder
-from crate_core.inspect_tokens import BATCH, trace_tokens
-from crate_core.shapes import AttentionWeights, HeadMaps, Images
+from crate_core.inspect_tokens import trace_tokens
+from crate_core.shapes import AttentionWeights, HeadMaps, Images, PixelMaps
+
+PICTURES_AT_A_TIME = 16
+"""Pictures whose n x n weights are held at once, those of all layers and heads."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ def attention_maps(model: MaskedAutoencoder, images: Images, layer: int = -1) ->
 def all_attention_maps(model: MaskedAutoencoder, images: Images) -> list[AttentionMaps]:
     """:func:`attention_maps` of every encoder layer, from one pass.  Book: :ref:`ch-heads`."""
     maps: list[list[AttentionMaps]] = []
-    for some in images.split(BATCH):  # n x n weights of many pictures would not fit in memory
+    for some in images.split(PICTURES_AT_A_TIME):
         trace = trace_tokens(model, some, attentions=True)
         maps.append([maps_of(weights, trace.grid) for weights in trace.attentions])
     return [
@@ -71,7 +74,7 @@ def maps_of(weights: AttentionWeights, grid: tuple[int, int]) -> AttentionMaps:
     )
 
 
-def upsample(maps: HeadMaps, size: tuple[int, int], smooth: bool = False) -> HeadMaps:
+def upsample(maps: HeadMaps, size: tuple[int, int], smooth: bool = False) -> PixelMaps:
     """Maps (B, K, h, w) over the picture, (B, K, H, W).
 
     By default each patch keeps its one value, since the model has no finer ones; ``smooth`` interpolates linearly

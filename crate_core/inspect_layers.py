@@ -54,7 +54,8 @@ class LayerInspection:
 
     Rates: ``attended``, of the input as the layer's attention sees it, LN(x); ``attended_after``, of LN(u) with the
     same norm, u = x + attention(LN(x)); ``tokens``, of x itself; ``compressed``, of u **in the units of x**.
-    ``directions`` is the authors' published measure: each head's coordinates of each token at norm one,
+    ``random_rate`` is R^c of LN(x) in random orthonormal subspaces, the control of ``attended.orthonormal``;
+    ``directions`` the authors' published measure: each head's coordinates of each token at norm one,
     eps = ``DIRECTIONS_EPS``.
 
     Steps: mean cosines between attention(LN(x)) and a direction, at the attention's input z = LN(x): ``step_gradient``
@@ -77,6 +78,7 @@ class LayerInspection:
     tokens: Rates
     compressed: Rates
     directions: np.ndarray
+    random_rate: np.ndarray
     norms: np.ndarray
     nonzeros: np.ndarray
     hoyer: np.ndarray

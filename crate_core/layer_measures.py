@@ -157,6 +157,7 @@ def layer_measures(layer: nn.Module, x: Tokens, key: int, eps: float) -> dict[st
         measures |= {f"{name}.{kind}": rate for kind, rate in found.items()}
     generator = torch.Generator().manual_seed(key)
     random = orthonormal_bases(torch.randn(bases.shape, generator=generator).to(bases))
+    measures["random_rate"] = subspace_coding_rate(z, random, eps)
     against = -subspace_coding_rate_grad(z, bases, eps)
     directions = {
         "gradient": against,

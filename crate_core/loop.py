@@ -122,7 +122,8 @@ class Trainer:
                 f"{accelerator.num_processes} x {config.accumulate}"
             )
         if isinstance(self.data.train, StreamedImages):
-            dataset, order = StreamedPictures(*pictures), StreamedBatches(self.data.train, *remaining)
+            dataset: TrainingPictures = StreamedPictures(*pictures)
+            order: StreamedBatches | StepBatches = StreamedBatches(self.data.train, *remaining)
         else:
             dataset, order = TrainingPictures(*pictures), StepBatches(self.count, *remaining)
         return loader(dataset, order, config.workers, pin=accelerator.device.type == "cuda")

@@ -150,8 +150,9 @@ def fit_probe(features: np.ndarray, labels: np.ndarray, seed: int) -> tuple[Pipe
     .. math:: \min_{W, b}\ \tfrac12 \|W\|_F^2 + C \sum_i -\log \mathrm{softmax}(W x_i + b)_{y_i},
 
     C from ``INVERSE_REGULARIZATION`` by mean accuracy over stratified splits (a fifth held back; two fifths, ten times,
-    where there are at most 500 labels; of ``CHOOSING`` labels where there are more), the smallest on a tie; then
-    refitted on all.  Held-out pictures have no part in it: they are no argument.
+    where there are at most 500 labels; of ``CHOOSING`` labels where there are more), the smallest on a tie; with more
+    than 500 labels, weaker ones are not tried after the first fall.  Then refitted on all.  Held-out pictures have no
+    part in it: they are no argument.
 
     Parameters
     ----------
@@ -175,11 +176,13 @@ def fit_probe(features: np.ndarray, labels: np.ndarray, seed: int) -> tuple[Pipe
     with warnings.catch_warnings():
         # Weak regularisation need not converge to be ruled out on the validation split.
         warnings.simplefilter("ignore", ConvergenceWarning)
-        accuracies = [
-            np.mean([probe(c).fit(features[a], labels[a]).score(features[b], labels[b]) for a, b in folds])
-            for c in INVERSE_REGULARIZATION
-        ]
-        best = INVERSE_REGULARIZATION[int(np.argmax(accuracies))]
+        best, highest = INVERSE_REGULARIZATION[0], -1.0
+        for c in INVERSE_REGULARIZATION:
+            accuracy = np.mean([probe(c).fit(features[a], labels[a]).score(features[b], labels[b]) for a, b in folds])
+            if accuracy > highest:
+                best, highest = c, accuracy
+            elif accuracy < highest and not scarce:
+                break
         return probe(best).fit(features, labels), best
 
 
@@ -301,14 +304,14 @@ def class_count(data: ImageData) -> int:
                 f"label {labels.min()} of a {part} picture: classes are counted from 0, none may be missing"
             )
     train, held_out = (np.unique(labels) for labels in parts.values() if labels is not None)
+    if len(train) < 2:
+        raise ValueError("at least two classes are needed, these pictures have one")
     strange = np.setdiff1d(held_out, train)
     if len(strange):
         raise ValueError(
             f"held-out pictures have {len(strange)} classes that no training picture has, such as {strange[0]}: "
             f"{len(held_out)} classes held out, {len(train)} to train on"
         )
-    if len(train) < 2:
-        raise ValueError("at least two classes are needed, these pictures have one")
     named = len(data.classes)
     if named and train[-1] >= named:
         raise ValueError(f"label {train[-1]} is out of range: the data names {named} classes, counted from 0")

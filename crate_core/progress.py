@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -62,7 +62,7 @@ class Progress:
             # Steps after `start` that an earlier process wrote and lost are hidden.
             self.writer = SummaryWriter(str(run.path / TENSORBOARD_FOLDER), purge_step=start + 1)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Progress":
         return self
 
     def __exit__(

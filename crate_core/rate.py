@@ -41,7 +41,8 @@ def head_coordinates(z: Tokens, bases: Bases) -> Heads:
     Raises ``ValueError`` if the bases do not fit the tokens.  Book: :ref:`ch-coding-rate`.
     """
     check_bases(z, bases)
-    return z[..., None, :, :] @ bases
+    stacked = bases.transpose(0, 1).flatten(1)  # (d, K p): one product with all tokens, not K products with copies
+    return (z @ stacked).unflatten(-1, (bases.shape[0], bases.shape[2])).transpose(-3, -2)
 
 
 def subspace_beta(n: int, rank: int, eps: float) -> float:
@@ -61,11 +62,13 @@ def _tall(v: Tensor) -> Tensor:
 
 
 def _cholesky(v: Tensor, weight: float) -> Tensor | None:
-    """Lower factor of I + weight v^T v, or None where squaring v would cost too many digits (or v is not finite)."""
+    """Lower factor of I + weight v^T v, in float64 where squaring v in float32 would cost too many digits; None where
+    float64 would not do either (or v is not finite)."""
     gram = weight * (v.mT @ v)
     lost = gram.diagonal(dim1=-2, dim2=-1).sum(-1) * torch.finfo(v.dtype).eps
     if not bool((lost <= CHOLESKY_LIMIT).all()):
-        return None
+        wider = v.dtype == torch.float32 and v.device.type != "mps"  # which has no float64
+        return _cholesky(v.double(), weight) if wider else None
     return torch.linalg.cholesky(gram + torch.eye(gram.shape[-1], dtype=v.dtype, device=v.device))
 
 
@@ -83,7 +86,7 @@ def _half_log_det(v: Tensor, weight: float) -> Tensor:
     factor = _cholesky(v, weight)
     if factor is None:
         factor = _stacked_qr(v, weight)[2]
-    return factor.diagonal(dim1=-2, dim2=-1).abs().log().sum(-1)
+    return factor.diagonal(dim1=-2, dim2=-1).abs().log().sum(-1).to(v.dtype)
 
 
 def _shrink(v: Tensor, weight: float) -> Tensor:
@@ -94,7 +97,7 @@ def _shrink(v: Tensor, weight: float) -> Tensor:
         q1, q2, _ = _stacked_qr(tall, weight)  # v = Q2 R / sqrt(w), R^{-1} = Q1: v (R^T R)^{-1} = Q2 Q1^T / sqrt(w)
         shrunk = q2 @ q1.mT / math.sqrt(weight)
     else:
-        shrunk = torch.cholesky_solve(tall.mT, factor).mT
+        shrunk = torch.cholesky_solve(tall.mT.to(factor.dtype), factor).mT.to(tall.dtype)
     return shrunk if tall.shape == v.shape else shrunk.mT
 
 
@@ -127,9 +130,10 @@ def coding_rate(z: Tokens, eps: float) -> Scalars:
 
     Notes
     -----
-    The smaller of the n x n and d x d determinants is factored: by Cholesky, or by QR of the stack
-    :math:`[I;\, \sqrt{d/(n\varepsilon^2)}\, Z^\top]` where forming the square would cost more than about
-    ``CHOLESKY_LIMIT`` nats.  Tokens that are not finite give a rate that is not finite.
+    The smaller of the n x n and d x d determinants is factored: by Cholesky; in float64 where forming the square in
+    float32 would cost more than about ``CHOLESKY_LIMIT`` nats; by QR of the stack
+    :math:`[I;\, \sqrt{d/(n\varepsilon^2)}\, Z^\top]` where it would in float64 too.  Tokens that are not finite give a
+    rate that is not finite.
 
     The constant d / (n eps^2) is that of :cite:t:`yu2020learning`; some public code writes ``eps`` for its square.
 

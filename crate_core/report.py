@@ -24,7 +24,7 @@ from crate_core.probe import untrained
 from crate_core.provenance import device_name, provenance
 from crate_core.recipes import image_size
 from crate_core.reconstruction import some_pictures
-from crate_core.report_sections import SHOWN, Section, layer_sections, picture_sections
+from crate_core.report_sections import SHOWN, Section, layer_sections, picture_sections, readout_sections
 from crate_core.shapes import Images
 from crate_core.sources import ArrayImages, FileImages, digits
 
@@ -136,7 +136,12 @@ def inspection_report(
         *facts,
     ]
     thumbnails = figures.picture_rows([("", images[: 2 * SHOWN])])
-    return render(f"Inside {name}", described, thumbnails, [*sections, *picture_sections(model, controls[0], images)])
+    return render(
+        f"Inside {name}",
+        described,
+        thumbnails,
+        [*sections, *readout_sections(model, controls, images), *picture_sections(model, controls[0], images)],
+    )
 
 
 def inspect_checkpoint(

@@ -101,6 +101,22 @@ def between_layers(
     return png(figure)
 
 
+def readout(model: np.ndarray, controls: np.ndarray) -> str:
+    """Shares (L + 1,) of removed patches that a linear map reads, and those (seeds, L + 1) of the controls."""
+    figure, (ax,) = panels(1)
+    x = np.arange(len(model))
+    ax.fill_between(x, controls.min(axis=0), controls.max(axis=0), color=CONTROL, alpha=0.3, linewidth=0)
+    ax.plot(x, controls.mean(axis=0), color=CONTROL, marker="^", markersize=4, linestyle="--", label="untrained")
+    ax.plot(x, model, color=MODEL, marker="o", markersize=4, label="this model")
+    ax.axhline(0, color=MARK, linewidth=1, linestyle=":")
+    ax.set_title("share of removed patches read", fontsize=8.5)
+    ax.set_xlabel("after layer (0: embedding)", fontsize=8)
+    ax.set_xticks(x)
+    ax.set_ylim(min(-0.1, float(model.min())), 1)
+    ax.legend(frameon=False, fontsize=8)
+    return png(figure)
+
+
 def steps(model: LayerInspection, controls: Sequence[LayerInspection], names: Sequence[tuple[str, str]]) -> str:
     """Cosines of each layer's attention step with directions, one panel a direction, on one scale."""
     figure, axes = panels(len(names))

@@ -5,13 +5,15 @@ Book: :ref:`ch-crate-mae`.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
 from crate_core.config import FrameConfig
 from crate_core.hub import push_to_hub, resolve_directory
 from crate_core.pretrained import WEIGHTS_FILE, check_fit, load_weights, read_config, save_model
+
+Model = TypeVar("Model", bound="SavedModel")
 
 
 class SavedModel(nn.Module):
@@ -24,7 +26,7 @@ class SavedModel(nn.Module):
     config: FrameConfig
 
     @classmethod
-    def from_preset(cls, name: str, **overrides: Any) -> Self:
+    def from_preset(cls: type[Model], name: str, **overrides: Any) -> Model:
         """A freshly initialised model of a named size; fields of the configuration can be overridden.
 
         Raises ``ValueError`` for an unknown name or field, or sizes that do not fit.
@@ -32,12 +34,12 @@ class SavedModel(nn.Module):
         return cls.from_config(cls.config_class.preset(name, **overrides))
 
     @classmethod
-    def from_config(cls, config: FrameConfig) -> Self:
+    def from_config(cls: type[Model], config: FrameConfig) -> Model:
         """A freshly initialised model; what subclasses construct themselves from."""
         return cls(config)  # type: ignore[call-arg]  # a subclass takes its configuration alone
 
     @classmethod
-    def from_pretrained(cls, name: str | Path) -> Self:
+    def from_pretrained(cls: type[Model], name: str | Path) -> Model:
         """Load a model that :meth:`save_pretrained` wrote: a directory, a bundled name or a Hugging Face Hub id.
 
         Weights stored in half precision are loaded into a model of single precision.

@@ -129,7 +129,7 @@ class Selection:
     chosen: int
 
 
-def select_map(scores: PerMap, seed: int = 0) -> Selection:
+def select_map(scores: PerMap, seed: int = 0, control: PerMap | None = None) -> Selection:
     """The best of K maps by mean score over pictures, and what choosing it adds by itself.
 
     The maximum of K noisy means is above the best mean: a score on the pictures on which the map was chosen is
@@ -139,25 +139,31 @@ def select_map(scores: PerMap, seed: int = 0) -> Selection:
     ----------
     scores : (B, K), at least two pictures.
     seed : of the split into halves.
+    control : (B, K), scores of the same K maps on other pictures (the object erased, say).  Maps are then chosen by
+        ``scores``, and all that is returned is what the chosen ones score in ``control``.
 
     Raises
     ------
     ValueError
-        With fewer than two pictures.
+        With fewer than two pictures, or a control of another shape.
 
     Book: :ref:`ch-heads`.
     """
     batch = len(scores)
     if batch < 2:
         raise ValueError("choosing on one half and scoring on the other takes two pictures at least")
+    reported = scores if control is None else control
+    if reported.shape != scores.shape:
+        raise ValueError(f"control must be {tuple(scores.shape)} like the scores, got {tuple(reported.shape)}")
     order = torch.randperm(batch, generator=torch.Generator().manual_seed(seed))
     halves = order[: batch // 2], order[batch // 2 :]
     held_out = torch.empty_like(scores[:, 0])
     for choosing, scoring in (halves, halves[::-1]):
-        held_out[scoring] = scores[scoring, int(scores[choosing].mean(0).argmax())]
-    means = scores.mean(0)
+        held_out[scoring] = reported[scoring, int(scores[choosing].mean(0).argmax())]
+    chosen = int(scores.mean(0).argmax())
+    of_each_picture = reported.gather(1, scores.argmax(1, keepdim=True))
     return Selection(
-        held_out, float(means.max()), float(scores.amax(1).mean()), float(means.mean()), int(means.argmax())
+        held_out, float(reported[:, chosen].mean()), float(of_each_picture.mean()), float(reported.mean()), chosen
     )
 
 

@@ -93,6 +93,9 @@ PatchSelection = Bool[Tensor, "L"]
 HeadMaps = Float[Tensor, "B K h w"]
 """One map a head (or another source of maps) and picture, on the grid of patches or on pixels."""
 
+PixelMaps = Float[Tensor, "B K H W"]
+"""Such maps on pixels, where maps on the grid of patches are there too."""
+
 ObjectMask = Bool[Tensor, "B h w"]
 """True on the object, on the same grid as the maps that it is compared with."""
 

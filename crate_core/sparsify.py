@@ -129,8 +129,8 @@ class ISTAMatrix(torch.autograd.Function):
         # Under autocast the product is in half precision, and so is the one of the backward pass.
         ctx.eta, ctx.product_dtype = eta, gram.dtype
         matrix = eta * (dictionary - gram)
-        matrix.diagonal().add_(1.0)
-        return matrix
+        # Not in place on a view of the diagonal, which torch.onnx.export does not take.
+        return matrix + torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:

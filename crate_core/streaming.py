@@ -213,7 +213,7 @@ def stream_data(location: str) -> ImageData:
     if count is None:
         raise ValueError(f"{origin} does not say how many rows {train_name} has; read it without streaming")
     held_out_name = next((name for name in ("validation", "val", "test") if name in tables), None)
-    separate = held_out_name is not None and held_out_name != train_name
+    other_name = held_out_name if held_out_name not in (None, train_name) else None
     table = tables[train_name]
     features = table.features or table._resolve_features().features
     column = image_column(features, origin)
@@ -223,15 +223,16 @@ def stream_data(location: str) -> ImageData:
 
     table, other = (
         part.cast_column(column, datasets.Image(decode=False))
-        for part in (table, tables[held_out_name] if separate else table)
+        for part in (table, table if other_name is None else tables[other_name])
     )
-    rows = KEPT_ROWS if separate else min(KEPT_ROWS, count // 10)
+    rows = min(KEPT_ROWS, count // 10) if other_name is None else KEPT_ROWS
     if rows < 1:
         raise ValueError(f"{origin}: a held-out part needs at least ten rows, got {count}")
     held_out = kept(other, rows)
-    if not separate:
+    if other_name is None:
         table, count = table.skip(rows), count - rows
     train = StreamedImages(table, column, count, kept(table, KEPT_ROWS))
-    how = held_out_name if separate else "the first rows"
-    description = f"{origin}: {count:,} to train on (streamed), {len(held_out):,} held out ({how})"
+    description = (
+        f"{origin}: {count:,} to train on (streamed), {len(held_out):,} held out ({other_name or 'the first rows'})"
+    )
     return ImageData(train, held_out, (), description)

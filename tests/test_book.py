@@ -109,6 +109,7 @@ def test_second_build_executes_nothing() -> None:
         [sys.executable, ROOT / "book" / "_ext" / "build.py"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert "Executing notebook" not in done.stdout + done.stderr
+    assert " executed in " not in done.stdout
 
 
 # ---- the form of the chapters, read from their sources ----

@@ -1,17 +1,25 @@
 """Linear probes with their controls, reconstruction by masking ratio, pictures, and the record of an evaluation."""
 
+import copy
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from crate_core.config import CrateMAEConfig
+import crate_core.evaluate
+import crate_core.probe
+from crate_core.architectures import build_model
+from crate_core.cli import main
+from crate_core.config import CrateMAEConfig, ViTMAEConfig
 from crate_core.data import open_data
 from crate_core.evaluate import EVALUATION_FILE, evaluate, run_data, save_evaluation, table
+from crate_core.finetune import FinetuneConfig, finetune
 from crate_core.model import CrateMAE
 from crate_core.probe import (
     INVERSE_REGULARIZATION,
@@ -21,6 +29,7 @@ from crate_core.probe import (
     few_labels,
     fit_probe,
     linear_probes,
+    probe,
     probe_accuracy,
     small_pixels,
     untrained,
@@ -160,7 +169,7 @@ def test_the_untrained_control_has_fresh_weights_and_leaves_the_random_state(mod
 @pytest.mark.parametrize(
     ("labels", "per_class", "message"),
     [
-        (None, 5, "needs labels"),
+        (None, 5, "labels are needed"),
         ([0] * 60, 5, "at least two classes"),
         ([0] * 57 + [1] * 3, 5, "class 1 has 3 training pictures, labels_per_class=5"),
         ([0, 1] * 30, 1, "labels_per_class=1"),
@@ -255,6 +264,71 @@ def test_some_pictures_are_spread_and_readable(tmp_path: Path) -> None:
 # -- the whole
 
 
+def test_the_choice_of_regularisation_sees_no_held_out_picture(model: CrateMAE) -> None:
+    # Nor does anything else that is fitted: other held-out pictures, the same probe.
+    generator = np.random.default_rng(0)
+    train, labels = generator.normal(size=(600, 6)), generator.integers(0, 2, 600)
+    seen: list[np.ndarray] = []
+
+    def recorded(c: float) -> Any:
+        pipeline = probe(c)
+        fit, score = pipeline.fit, pipeline.score
+        pipeline.fit = lambda x, y: (seen.append(x), fit(x, y))[1]
+        pipeline.score = lambda x, y: (seen.append(x), score(x, y))[1]
+        return pipeline
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(crate_core.probe, "probe", recorded)
+        fitted, c = fit_probe(train, labels, seed=0)
+    rows = {tuple(row) for row in train}
+    assert all({tuple(row) for row in x} <= rows for x in seen)
+    # Each C is judged on rows that it was not fitted on; the last fit is on all.
+    pairs = list(zip(seen[:-1:2], seen[1:-1:2], strict=True))
+    assert 2 <= len(pairs) <= len(INVERSE_REGULARIZATION)
+    assert all(not {tuple(r) for r in a} & {tuple(r) for r in b} for a, b in pairs)
+    assert len(seen[-1]) == 600
+    assert c in INVERSE_REGULARIZATION
+    assert fitted.score(train, labels) > 0.5
+
+
+def test_a_probe_does_not_notice_the_scale_and_place_of_columns() -> None:
+    generator = np.random.default_rng(0)
+    x, y = generator.normal(size=(200, 5)), np.arange(200) % 2
+    x[:, 0] += y
+    other = x * np.array([100, 1, 0.01, 5, 3]) + np.array([7, -3, 0, 1, 100])
+    assert probe_accuracy(x[:150], y[:150], x[150:], y[150:], 0) == probe_accuracy(
+        other[:150], y[:150], other[150:], y[150:], 0
+    )
+
+
+def test_many_labels_choose_on_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = np.random.default_rng(0)
+    labels = np.arange(900) % 3
+    x = generator.normal(size=(900, 4)) + 2 * np.eye(4)[labels]
+    sizes: list[int] = []
+
+    def recorded(c: float) -> Any:
+        pipeline = probe(c)
+        fit = pipeline.fit
+        pipeline.fit = lambda x, y: (sizes.append(len(x)), fit(x, y))[1]
+        return pipeline
+
+    monkeypatch.setattr(crate_core.probe, "CHOOSING", 600)
+    monkeypatch.setattr(crate_core.probe, "probe", recorded)
+    fit_probe(x, labels, seed=0)
+    assert set(sizes[:-1]) == {480}
+    assert sizes[-1] == 900
+
+
+@pytest.fixture
+def checkpoint(model: CrateMAE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A saved model whose run's data are the stripes."""
+    model.save_pretrained(tmp_path)
+    (tmp_path / "run.json").write_text(json.dumps({"config": {"data": "stripes", "data_root": "data"}}))
+    monkeypatch.setattr(crate_core.evaluate, "open_data", lambda spec, root: STRIPES)
+    return tmp_path
+
+
 def test_evaluation_of_a_checkpoint(model: CrateMAE, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"no run.json.*give --data"):
@@ -269,16 +343,88 @@ def test_evaluation_of_a_checkpoint(model: CrateMAE, tmp_path: Path) -> None:
     assert record["held_out"] == len(open_data("digits").held_out)
     assert record["command"] == "crate evaluate"
     assert {"commit", "device", "versions", "seeds"} <= record.keys()
-    lines = "\n".join(table(record))
-    for row, columns in record["linear_probe"].items():
-        for score in columns.values():
-            assert f"{100 * score['mean']:.1f}" in next(line for line in table(record) if line.strip().startswith(row))
-    assert "3 labels a class" in lines
+    lines = table(record)
+    for part in ("linear_probe", "neighbours"):
+        for row, columns in record[part].items():
+            for score in columns.values():
+                assert f"{100 * score['mean']:.1f}" in next(line for line in lines if line.strip().startswith(row))
+    head = next(line for line in lines if "all labels" in line)
+    assert "3 labels a class" in head
+    assert "20 neighbours" in head
+    assert lines[-1].startswith("seconds: features, probes and neighbours")
     # Digits: pixels are far above chance, and above an untrained encoder.
     pixels, fresh = (
         record["linear_probe"][row]["all labels"]["mean"] for row in ("raw pixels", "untrained, class token")
     )
     assert pixels > 0.9 > fresh > 0.2
+    assert record["neighbours"]["raw pixels"]["20 neighbours"]["mean"] > 0.9
+
+
+def test_each_part_can_be_left_out(checkpoint: Path) -> None:
+    record = evaluate(checkpoint, seeds=1, labels_per_class=4, mask_ratios=[], probe=False)
+    assert record["linear_probe"] is None
+    assert list(record["neighbours"]["raw pixels"]) == ["20 neighbours"]
+    assert record["reconstruction"] == []
+    assert "reconstruction of removed patches by masking ratio" not in table(record)
+    record = evaluate(checkpoint, seeds=1, labels_per_class=4, mask_ratios=[], neighbours=False)
+    assert record["neighbours"] is None
+    assert list(record["linear_probe"]["raw pixels"]) == ["all labels", "4 labels a class"]
+    record = evaluate(checkpoint, seeds=1, labels_per_class=4, mask_ratios=[0.5], probe=False, neighbours=False)
+    assert (record["linear_probe"], record["neighbours"], record["fine_tuning"]) == (None, None, None)
+    assert "linear probes and nearest neighbours: left out, or no labels" in table(record)
+
+
+def test_fine_tuning_stands_beside_the_same_network_from_scratch(checkpoint: Path, model: CrateMAE) -> None:
+    config = FinetuneConfig(epochs=3, batch_size=20, lr=0.1, augmentation="none", layer_decay=0.5)
+    record = evaluate(
+        checkpoint, seeds=2, labels_per_class=4, mask_ratios=[], probe=False, neighbours=False, fine_tuning=config
+    )
+    scores = record["fine_tuning"]["scores"]
+    assert {row: len(score["accuracies"]) for row, score in scores.items()} == {"pretrained": 2, "from scratch": 2}
+    assert record["fine_tuning"]["config"]["layer_decay"] == 0.5
+    save_evaluation(record, checkpoint / EVALUATION_FILE)
+    assert f"{100 * scores['from scratch']['mean']:.1f}" in next(line for line in table(record) if "scratch" in line)
+    # The second seed's runs, by hand; from scratch every layer learns at the full rate.
+    own = finetune(copy.deepcopy(model), STRIPES, replace(config, seed=1)).accuracy
+    fresh = finetune(untrained(TINY, 1), STRIPES, replace(config, seed=1, layer_decay=1.0)).accuracy
+    assert [scores[row]["accuracies"][1] for row in ("pretrained", "from scratch")] == [own, fresh]
+
+
+def test_the_command_line_passes_every_option_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    given: dict[str, Any] = {}
+
+    def recorded(*arguments: Any, **options: Any) -> dict[str, Any]:
+        given.update(options, arguments=arguments)
+        return {"seeds": [], "description": "", "held_out": 0, "linear_probe": None, "neighbours": None,
+                "fine_tuning": None, "reconstruction": [], "seconds": {}}  # fmt: skip
+
+    monkeypatch.setattr(crate_core.evaluate, "evaluate", recorded)
+    output = tmp_path / "record.json"
+    command = ["evaluate", "--checkpoint", "somewhere", "--output", str(output), "--device", "cpu", "--no-probe"]
+    assert main([*command, "--seeds", "2", "--mask-ratios", "0.5", "--no-neighbours"]) == 0
+    assert given["arguments"] == ("somewhere", None, 2, 5, (0.5,))
+    assert (given["probe"], given["neighbours"], given["fine_tuning"]) == (False, False, None)
+    assert json.loads(output.read_text())["seeds"] == []
+    tuning = ["--finetune-epochs", "4", "--finetune-lr", "0.01", "--finetune-batch-size", "32"]
+    assert main([*command, *tuning, "--finetune-precision", "bf16"]) == 0
+    assert given["neighbours"] is True
+    assert given["fine_tuning"] == FinetuneConfig(epochs=4, warmup_epochs=0.4, lr=0.01, batch_size=32, precision="bf16")
+    assert main([*command, "--finetune-epochs", "4", "--finetune-lr", "-1"]) == 2
+
+
+def test_a_vit_is_evaluated_alike(checkpoint: Path) -> None:
+    config = ViTMAEConfig(
+        image_size=8, patch_size=2, channels=1, dim=16, depth=1, heads=2,
+        decoder_dim=8, decoder_depth=1, decoder_heads=2,
+    )  # fmt: skip
+    vit = build_model(config)
+    vit.save_pretrained(checkpoint)
+    record = evaluate(checkpoint, seeds=1, labels_per_class=4, mask_ratios=[0.5])
+    own = probe_accuracy(
+        encode(vit, STRIPES.train).patch_mean, STRIPES.train.labels,
+        encode(vit, STRIPES.held_out).patch_mean, STRIPES.held_out.labels, 0,
+    )  # fmt: skip
+    assert record["linear_probe"]["trained, mean of patches"]["all labels"]["accuracies"] == [own]
 
 
 def test_evaluation_without_labels_is_reconstruction_alone(model: CrateMAE, tmp_path: Path) -> None:
@@ -289,8 +435,17 @@ def test_evaluation_without_labels_is_reconstruction_alone(model: CrateMAE, tmp_
         assert path.suffix != ".png"
     record = evaluate(tmp_path / "model", data=f"folder:{tmp_path}", mask_ratios=[0.75])
     assert record["linear_probe"] is None
-    assert "no labels: linear probes left out" in table(record)
+    assert "linear probes and nearest neighbours: left out, or no labels" in table(record)
     assert len(record["reconstruction"]) == 1
+    with pytest.raises(ValueError, match="fine-tuning needs labels"):
+        evaluate(tmp_path / "model", data=f"folder:{tmp_path}", fine_tuning=FinetuneConfig())
+
+
+def test_labels_that_do_not_fit_are_refused(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held_out = ArrayImages(STRIPES.held_out.images, np.arange(40) % 3)
+    monkeypatch.setattr(crate_core.evaluate, "open_data", lambda spec, root: replace(STRIPES, held_out=held_out))
+    with pytest.raises(ValueError, match="1 classes that no training picture has, such as 2: 3 classes held out, 2 to"):
+        evaluate(checkpoint)
 
 
 # -- the committed figures

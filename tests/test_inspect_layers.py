@@ -176,6 +176,19 @@ def test_a_shrinking_step_is_along_the_negative_gradient_and_its_controls_tell_w
     assert (found.compressed.learned < found.tokens.learned)[:, 1:].mean() > 0.5
 
 
+def test_rate_in_random_subspaces_is_that_of_tokens_without_structure() -> None:
+    model = untrained(CrateMAEConfig.preset("digits", dim=64, depth=1, heads=4), 0)
+    found = inspect_layers(model, PICTURES)
+    # Random weights know nothing of the tokens: their subspaces are as good as any.
+    np.testing.assert_allclose(found.random_rate.mean(), found.attended.orthonormal.mean(), rtol=0.1)
+    with torch.no_grad():  # heads that read the directions which all tokens share: one head holds nearly all
+        x = model(model.standardize(PICTURES), 0.0, output_hidden_states=True).hidden_states[0]
+        z = model.encoder[0].norm_attention(x).flatten(0, 1)
+        model.encoder[0].attention.project.weight.copy_(torch.linalg.svd(z, full_matrices=True).Vh)
+    sorted_heads = inspect_layers(model, PICTURES)
+    assert (sorted_heads.attended.orthonormal < sorted_heads.random_rate).all()
+
+
 def test_residual_direction_is_that_of_the_theorem_where_labels_are_known() -> None:
     mix = LowRankGaussianMixture.random(48, 3, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     s = mix.sample(40, sigma=0.01, generator=torch.Generator().manual_seed(1))

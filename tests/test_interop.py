@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +41,10 @@ def pictures(config: FrameConfig, count: int = 3) -> torch.Tensor:
 def as_timm(model: ViTMAE) -> VisionTransformer:
     """timm's own vision transformer with the encoder weights of our baseline."""
     config = model.config
-    norm: Any = lambda width: nn.LayerNorm(width, eps=BLOCK_NORM_EPS)  # noqa: E731  # timm asks for a class
     vit = VisionTransformer(
         img_size=config.image_size, patch_size=config.patch_size, in_chans=config.channels, num_classes=0,
-        embed_dim=config.dim, depth=config.depth, num_heads=config.heads, mlp_ratio=config.mlp_ratio, norm_layer=norm,
+        embed_dim=config.dim, depth=config.depth, num_heads=config.heads, mlp_ratio=config.mlp_ratio,
+        norm_layer=partial(nn.LayerNorm, eps=BLOCK_NORM_EPS),
     )  # fmt: skip
     kernel = model.patch_embedding.weight.reshape(config.dim, config.patch_size, config.patch_size, config.channels)
     state = {
@@ -133,7 +135,7 @@ def outside_of_jaxtyping() -> bool:
 def test_the_exported_encoder_computes_the_same_for_any_batch(config: FrameConfig) -> None:
     if not outside_of_jaxtyping():
         pytest.skip("shape checks cannot be traced")
-    model = build_model(config).eval()
+    model = build_model(replace(config, depth=1)).eval()
     program = export_encoder(model).module()
     for count in (1, 5):
         images = pictures(config, count)
@@ -149,7 +151,7 @@ def test_onnx_runtime_computes_the_same_for_any_batch(config: FrameConfig, tmp_p
         pytest.skip("shape checks cannot be traced")
     import onnxruntime
 
-    model = build_model(config).eval()
+    model = build_model(replace(config, depth=1)).eval()
     save_onnx(model, tmp_path / "encoder.onnx")
     assert [path.name for path in tmp_path.iterdir()] == ["encoder.onnx"]
     session = onnxruntime.InferenceSession(tmp_path / "encoder.onnx", providers=["CPUExecutionProvider"])

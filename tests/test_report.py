@@ -28,6 +28,7 @@ SECTIONS = [
     "Effective rank of the tokens",
     "The attention step against the gradient",
     "Does the decoder invert the encoder?",
+    "What the layers bring to removed patches",
     "Where the heads look",
     "Principal components of the tokens",
     "Between two pictures",
@@ -74,9 +75,9 @@ def working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("config", "count", "sections"),
     [
-        (DIGITS, 4, SECTIONS),
-        (SHALLOW, 1, SECTIONS[:-1]),  # one picture: nothing to blend
-        (VIT, 4, [title for title in SECTIONS if "decoder" not in title]),
+        (DIGITS, 8, SECTIONS),
+        (SHALLOW, 1, [*SECTIONS[:6], *SECTIONS[7:9]]),  # one picture: nothing to fit on, nothing to blend
+        (VIT, 4, [title for title in SECTIONS if "decoder" not in title and "removed" not in title]),
     ],
     ids=["digits", "shallow decoder, one picture", "vit"],
 )
@@ -143,7 +144,7 @@ def test_command_writes_the_page(checkpoint: Path, tmp_path: Path, capsys: pytes
     assert main([*options, "--images", "a.png", "bad.png", "b.png", "--output", "mine.html"]) == 0
     assert "saved in mine.html" in capsys.readouterr().out
     page = Page((tmp_path / "mine.html").read_text(encoding="utf8"))
-    assert page.headings == SECTIONS
+    assert page.headings == [title for title in SECTIONS if "removed" not in title]
     assert "2 of 8 x 8 pixels, 1 channels" in page.words
     assert "1 of 3 could not be read" in page.words
     assert "--output mine.html" in page.words

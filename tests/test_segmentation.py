@@ -92,6 +92,8 @@ def test_scores_of_the_mask_itself_are_perfect() -> None:
 
 @pytest.mark.bad_input
 def test_maps_and_masks_must_share_a_grid() -> None:
+    with pytest.raises(ValueError, match=r"like the scores, got \(4, 2\)"):
+        select_map(torch.ones(4, 3), control=torch.ones(4, 2))
     with pytest.raises(ValueError, match="agree"):
         foreground_scores(torch.ones(2, 3, 4, 5), torch.ones(2, 8, 8, dtype=torch.bool))
 
@@ -129,6 +131,19 @@ def test_each_half_is_scored_with_the_other_halfs_choice() -> None:
     assert float(select_map(scores, 3).held_out.sum()) == 0
     with pytest.raises(ValueError, match="two pictures"):
         select_map(scores[:1])
+
+
+@given(SEEDS)
+def test_a_control_is_scored_with_the_choice_made_without_it(seed: int) -> None:
+    scores, control = torch.rand(2, 8, 3, generator=torch.Generator().manual_seed(seed)).double()
+    plain, under = select_map(scores, seed), select_map(scores, seed, control)
+    assert under.chosen == plain.chosen == int(scores.mean(0).argmax())
+    # Marking every score with its map shows which map was read.
+    which = select_map(scores, seed, torch.arange(3).double().expand(8, 3)).held_out.long()
+    torch.testing.assert_close(plain.held_out, scores[torch.arange(8), which])
+    torch.testing.assert_close(under.held_out, control[torch.arange(8), which])
+    assert math.isclose(under.same_pictures, control[:, plain.chosen].mean(), abs_tol=1e-12)
+    assert math.isclose(under.each_picture, control[torch.arange(8), scores.argmax(1)].mean(), abs_tol=1e-12)
 
 
 # ---- maps without a model ----

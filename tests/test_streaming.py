@@ -46,6 +46,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Buffers smaller than the data."""
     monkeypatch.setattr(streaming.StreamedImages, "buffer", 16)
     monkeypatch.setattr(streaming, "KEPT_ROWS", 10)
+    # The library waits five seconds for its reading threads at the end of each pass.
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
 
 
 def batches(

@@ -83,6 +83,7 @@ def test_wide_dictionary_takes_two_proximal_steps_from_zero(batch, tokens, wider
     torch.testing.assert_close(step(z), z + codes @ step.decode.mT)
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -30,6 +30,9 @@ from sphinx.environment import BuildEnvironment
 
 VERSION = "1"
 
+# Folders whose files a page depends on when it, or a module that it imports, names them.
+DATA_FOLDERS = ["results", "crate_core/weights"]
+
 # Import names whose distribution is called something else.
 DISTRIBUTIONS = {"sklearn": "scikit-learn", "PIL": "pillow"}
 
@@ -264,7 +267,7 @@ def merge_pages(app: Sphinx, env: BuildEnvironment, docnames: Iterable[str], oth
 def setup(app: Sphinx) -> dict[str, object]:
     """Register the extension."""
     app.add_config_value("depcache_packages", [], "env")
-    app.add_config_value("depcache_data", ["results", "crate_core/weights"], "env")
+    app.add_config_value("depcache_data", DATA_FOLDERS, "env")
     app.connect("source-read", mark_page, priority=100)
     app.connect("env-get-outdated", outdated_pages)
     app.connect("env-purge-doc", forget_page)
