@@ -4,8 +4,8 @@ Runs of an unchanged preset over seeds give the means of their logs' lines; arou
 
 .. math:: \bar\ell(e) \pm \big(4\, s(e) + 0.03\, \bar\ell(e)\big),
 
-with the mean and standard deviation of single lines, of all seeds, whose epoch lies within 15 % of e.  A line of
-another run of that preset falls outside by chance about once in ten thousand.
+with the mean and standard deviation of single lines, of all seeds, whose epoch lies within 15 % of e.  The band is a
+rule of thumb: its width was chosen by looking at a few runs, so that a line outside is a reason to look, no proof.
 
 Book: :ref:`ch-pretraining`.
 """
@@ -56,7 +56,9 @@ def loss_band(logs: Sequence[Sequence[Mapping[str, Any]]], points: int = POINTS)
     first, last = max(log[1]["epoch"] for log in logs), min(log[-1]["epoch"] for log in logs)
     band = []
     wanted = (first * (last / first) ** (i / (points - 1)) for i in range(points))
-    for epoch in sorted({min((e for e, _ in lines), key=lambda e, w=w: abs(e - w)) for w in wanted}):
+    logged = [epoch for epoch, _ in lines]
+    distances = [[abs(epoch - w) for epoch in logged] for w in wanted]
+    for epoch in sorted({logged[row.index(min(row))] for row in distances}):
         near = [loss for e, loss in lines if abs(e - epoch) <= WINDOW * epoch]
         mean, spread = statistics.fmean(near), statistics.stdev(near) if len(near) > 1 else 0.0
         width = 4 * spread + 0.03 * mean

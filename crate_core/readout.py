@@ -10,7 +10,7 @@ import torch
 
 from crate_core.frame import MaskedAutoencoder
 from crate_core.patches import patchify
-from crate_core.shapes import Images
+from crate_core.shapes import Images, OtherImages
 from crate_core.stream import Stream, mask_noise
 
 READOUT_RIDGE = 1e-2
@@ -19,7 +19,7 @@ READOUT_RIDGE = 1e-2
 
 @torch.no_grad()
 def linear_readout(
-    model: MaskedAutoencoder, fitted: Images, tested: Images, mask_ratio: float, seed: int = 0
+    model: MaskedAutoencoder, fitted: Images, tested: OtherImages, mask_ratio: float, seed: int = 0
 ) -> np.ndarray:
     r"""How much of the removed patches a linear map reads off their own tokens, by layer,
 

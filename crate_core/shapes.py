@@ -72,6 +72,9 @@ Images = Float[Tensor, "B C H W"]
 PictureVectors = Float[Tensor, "B k"]
 """One vector a picture: pooled features, or class scores."""
 
+OtherImages = Float[Tensor, "B_other C H W"]
+"""Images beside another batch, as many as there are."""
+
 Patches = Float[Tensor, "B L patch_pixels"]
 """Flattened patches: patch rows, then columns, then channels."""
 

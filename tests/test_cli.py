@@ -48,7 +48,7 @@ def test_help_imports_nothing_heavy() -> None:
 
 
 BAD = [
-    ([], "give a command: pretrain, evaluate, reconstruct, convert"),
+    ([], "give a command: pretrain, evaluate, reconstruct, inspect, convert"),
     (["train"], "unknown command 'train'"),
     (["pretrain", "--epochs", "many"], "--epochs"),
     (["pretrain", "--epoch", "3"], "--epoch"),
@@ -193,7 +193,7 @@ def test_the_installed_entry_is_this_function() -> None:
         check=False,
     )
     assert done.returncode == 2
-    assert done.stderr == "crate: unknown command 'nothing'; accepted are pretrain, evaluate, reconstruct, convert\n"
+    assert done.stderr == "crate: unknown command 'nothing'; accepted are pretrain, evaluate, reconstruct, inspect, convert\n"
 
 
 def test_options_are_found_in_both_forms() -> None:

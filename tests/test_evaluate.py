@@ -375,7 +375,7 @@ def test_each_part_can_be_left_out(checkpoint: Path) -> None:
 
 
 def test_fine_tuning_stands_beside_the_same_network_from_scratch(checkpoint: Path, model: CrateMAE) -> None:
-    config = FinetuneConfig(epochs=3, batch_size=20, lr=0.1, augmentation="none", layer_decay=0.5)
+    config = FinetuneConfig(epochs=3.0, batch_size=20, lr=0.1, augmentation="none", layer_decay=0.5)
     record = evaluate(
         checkpoint, seeds=2, labels_per_class=4, mask_ratios=[], probe=False, neighbours=False, fine_tuning=config
     )
@@ -408,7 +408,9 @@ def test_the_command_line_passes_every_option_on(monkeypatch: pytest.MonkeyPatch
     tuning = ["--finetune-epochs", "4", "--finetune-lr", "0.01", "--finetune-batch-size", "32"]
     assert main([*command, *tuning, "--finetune-precision", "bf16"]) == 0
     assert given["neighbours"] is True
-    assert given["fine_tuning"] == FinetuneConfig(epochs=4, warmup_epochs=0.4, lr=0.01, batch_size=32, precision="bf16")
+    assert given["fine_tuning"] == FinetuneConfig(
+        epochs=4.0, warmup_epochs=0.4, lr=0.01, batch_size=32, precision="bf16"
+    )
     assert main([*command, "--finetune-epochs", "4", "--finetune-lr", "-1"]) == 2
 
 

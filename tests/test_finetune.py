@@ -34,7 +34,7 @@ VIT = ViTMAEConfig(
     image_size=8, patch_size=2, channels=1, dim=16, depth=2, heads=2, decoder_dim=8, decoder_depth=1, decoder_heads=2
 )
 BOTH = pytest.mark.parametrize("architecture", [CRATE, VIT], ids=["crate", "vit"])
-QUICK = FinetuneConfig(epochs=6, batch_size=20, lr=0.1, layer_decay=1.0, augmentation="none", label_smoothing=0.0)
+QUICK = FinetuneConfig(epochs=6.0, batch_size=20, lr=0.1, layer_decay=1.0, augmentation="none", label_smoothing=0.0)
 
 
 def stripes(count: int, seed: int) -> ArrayImages:
@@ -117,7 +117,7 @@ def test_one_step_is_adamws_at_the_scheduled_rate() -> None:
     model = untrained(CRATE, 0)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     head = finetune(model, STRIPES, config).classifier.head.weight.detach()
-    rate = warmup_cosine(1, config.lr * config.batch_size / 256, 1.5, 2)
+    rate = warmup_cosine(1.0, config.lr * config.batch_size / 256, 1.5, 2)
     # With equal gradients AdamW moves every number by the rate.
     torch.testing.assert_close(head.abs(), torch.full_like(head, rate), rtol=1e-3, atol=0)
     # The classifier was zero, so the embedding has no gradient: its weight only decays, its bias does not.

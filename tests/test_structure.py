@@ -17,8 +17,12 @@ PACKAGE = ROOT / "crate_core"
 # The book's order. A module imports only from modules above it.
 ORDER = [
     "shapes", "mixture", "denoise", "fitting", "rate", "law", "integrators", "diffusion", "attention", "sparsify",
-    "patches", "config", "costs", "layers", "outputs", "pretrained", "hub", "saved", "frame", "model", "inference", "baseline", "architectures", "sources", "recipes", "budget", "expected", "transforms", "stream", "data", "streaming",
-    "probe", "neighbours", "reconstruction", "provenance", "runs", "devices", "progress", "loop", "train", "finetune", "evaluate", "export", "measures", "layer_measures", "inspect_layers", "readout", "inspect_tokens", "inspect_heads", "token_blends", "segmentation", "composites", "report_figures", "report_sections", "report", "options", "cli", "companion",
+    "patches", "config", "costs", "layers", "outputs", "pretrained", "hub", "saved", "frame", "model", "inference",
+    "baseline", "architectures", "sources", "recipes", "budget", "expected", "transforms", "stream", "data",
+    "streaming", "probe", "neighbours", "reconstruction", "provenance", "runs", "devices", "progress", "loop",
+    "train", "finetune", "evaluate", "export", "measures", "layer_measures", "inspect_layers", "readout",
+    "inspect_tokens", "inspect_heads", "token_blends", "segmentation", "composites", "report_figures",
+    "report_sections", "report", "options", "cli", "companion",
 ]  # fmt: skip
 LONGEST = 350
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
