@@ -40,16 +40,17 @@ def test_make_targets_exist() -> None:
 
 
 def test_crate_commands_run_as_printed(tmp_path: Path) -> None:
-    """The commands themselves, cut to a few steps and seeds: a fresh run, then its evaluation."""
+    """The commands themselves, cut to a few steps and seeds: a fresh run, its evaluation, its report."""
     pytest.importorskip("sklearn", reason="the [train] extra is not installed")
     commands = re.findall(r"^(crate .*)$", "\n".join(code_blocks("bash")), re.M)
-    assert [shlex.split(command)[1] for command in commands] == ["pretrain", "evaluate"]
-    shortened = {"pretrain": ["--max-steps", "3"], "evaluate": ["--seeds", "1"]}
+    assert [shlex.split(command)[1] for command in commands] == ["pretrain", "evaluate", "inspect"]
+    shortened = {"pretrain": ["--max-steps", "3"], "evaluate": ["--seeds", "1"], "inspect": []}
     for command in commands:
         arguments = shlex.split(command)[1:]
         finished = run([sys.executable, "-m", "crate_core.cli", *arguments, *shortened[arguments[0]]], tmp_path)
         assert finished.returncode == 0, finished.stderr
-    assert (tmp_path / "runs" / "digits" / "model.safetensors").is_file()
+    made = {file.name for file in (tmp_path / "runs" / "digits").iterdir()}
+    assert made >= {"model.safetensors", "evaluation.json", "report.html"}
 
 
 def test_named_files_exist() -> None:
