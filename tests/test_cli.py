@@ -193,7 +193,10 @@ def test_the_installed_entry_is_this_function() -> None:
         check=False,
     )
     assert done.returncode == 2
-    assert done.stderr == "crate: unknown command 'nothing'; accepted are pretrain, evaluate, reconstruct, inspect, convert\n"
+    assert (
+        done.stderr
+        == "crate: unknown command 'nothing'; accepted are pretrain, evaluate, reconstruct, inspect, convert\n"
+    )
 
 
 def test_options_are_found_in_both_forms() -> None:

@@ -17,7 +17,10 @@ from tiny_runs import ENVIRONMENT, ROOT, contents, snapshot, tiny, train
 from crate_core.cli import main
 from crate_core.runs import RunDirectory
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills need POSIX processes")
+pytestmark = [
+    pytest.mark.processes,
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="kills need POSIX processes"),
+]
 
 
 @pytest.fixture(autouse=True)

@@ -23,6 +23,7 @@ def run(arguments: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(arguments, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
 
 
+@pytest.mark.processes
 def test_python_script_runs_as_printed(tmp_path: Path) -> None:
     (script,) = code_blocks("python")
     assert len(script.strip().splitlines()) <= 12
@@ -39,6 +40,7 @@ def test_make_targets_exist() -> None:
         assert re.search(rf"^{target}\s*:", makefile, re.M), target
 
 
+@pytest.mark.processes
 def test_crate_commands_run_as_printed(tmp_path: Path) -> None:
     """The commands themselves, cut to a few steps and seeds: a fresh run, its evaluation, its report."""
     pytest.importorskip("sklearn", reason="the [train] extra is not installed")

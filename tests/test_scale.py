@@ -168,6 +168,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("kind", ["copies", "shares", "shares-accumulated"])
 def test_two_processes_take_the_gradient_of_one(tmp_path: Path, two: Path, kind: str) -> None:
     one, joined = first_gradient(tiny(tmp_path)), load_file(two / f"gradient-{kind}.safetensors")
@@ -203,6 +204,7 @@ def test_a_sharded_run_shows_what_others_show(two: Path) -> None:
     ],
     ids=["torchrun", "accelerate"],
 )
+@pytest.mark.processes
 def test_the_same_command_under_both_launchers(tmp_path: Path, launcher: list[str]) -> None:
     command = [sys.executable, "-m", *launcher, "-m", "crate_core.cli", "pretrain", *FLAGS]
     command += ["--max-steps", "2", "--output-dir", str(tmp_path / "run")]

@@ -397,6 +397,7 @@ for moment in moments:
 """
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills need POSIX processes")
 def test_a_run_killed_at_any_moment_ends_with_the_bits_of_the_uncut_run(tmp_path: Path, uncut: Finished) -> None:
     # Each moment is a process of its own that gets a SIGKILL there; the next one starts with the same configuration.
@@ -421,6 +422,7 @@ def test_a_run_killed_at_any_moment_ends_with_the_bits_of_the_uncut_run(tmp_path
     assert len(json.loads((tmp_path / "cut" / "run.json").read_text())["starts"]) == len(moments)
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills need POSIX processes")
 def test_a_command_killed_from_outside_goes_on(tmp_path: Path) -> None:
     base = [sys.executable, "-m", "crate_core.cli", "pretrain", "--device", "cpu", "--max-steps", "60"]
