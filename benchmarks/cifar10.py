@@ -205,12 +205,12 @@ def record_of(
 
 
 def untrained_records(config: FrameConfig, data: ImageData, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The control: the same network with fresh weights, scored alike; two seeds, which differ little."""
+    """The control: the same network with fresh weights, scored alike; of two seeds, one is also fine-tuned."""
     records = []
     for seed in options.seeds[:2]:
         kept = options.runs / f"untrained-{config.model_type}-seed-{seed}.json"
         if not kept.is_file():
-            write_json(kept, scores_of(untrained(config, seed).to(options.device), data, seed, True, fresh=True))
+            write_json(kept, scores_of(untrained(config, seed).to(options.device), data, seed, not records, fresh=True))
         records.append({"seed": seed, **json.loads(kept.read_text())})
     return records
 
