@@ -46,7 +46,7 @@ class Operations:
         return 3 * self.forward - self.embedding - self.gram
 
 
-def operations(config: CrateMAEConfig, batch_size: float = math.inf) -> Operations:
+def operations(config: CrateMAEConfig, batch_size: int | float = math.inf) -> Operations:
     r"""Operations of a CRATE-MAE, one picture of a batch: the formula of the module, summed over the layers.
 
     Parameters
@@ -105,7 +105,9 @@ def activation_bytes(config: CrateMAEConfig) -> int:
     return 4 * n * ((6 * (config.depth + config.decoder_layers) + 3) * config.dim + 2 * pixels)
 
 
-def hours(config: CrateMAEConfig, pictures: float, epochs: float, peak: float, utilisation: float, gpus: int) -> float:
+def hours(
+    config: CrateMAEConfig, pictures: int, epochs: int | float, peak: float, utilisation: float, gpus: int
+) -> float:
     r"""Hours of a run, :math:`\text{operations} \cdot \text{pictures} \cdot \text{epochs} / (\text{gpus} \cdot
     \text{peak} \cdot \text{utilisation})`.
 

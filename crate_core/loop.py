@@ -28,7 +28,7 @@ from crate_core.progress import Progress
 from crate_core.recipes import PretrainConfig, image_size, learning_rate, total_steps
 from crate_core.reconstruction import save_reconstructions, some_pictures
 from crate_core.runs import RunDirectory
-from crate_core.shapes import Images
+from crate_core.shapes import Pictures
 from crate_core.sources import ImageData
 from crate_core.stream import (
     StepBatches,
@@ -128,7 +128,7 @@ class Trainer:
             dataset, order = TrainingPictures(*pictures), StepBatches(self.count, *remaining)
         return loader(dataset, order, config.workers, pin=accelerator.device.type == "cuda")
 
-    def update(self, images: Images) -> tuple[Tensor, Tensor]:
+    def update(self, images: Pictures) -> tuple[Tensor, Tensor]:
         """One step on this process's pictures in [0, 1]: the loss before it and the norm of its gradient."""
         config, accelerator = self.config, self.accelerator
         device = accelerator.device

@@ -21,7 +21,7 @@ axis      meaning
 Book: :ref:`ch-notation`.
 """
 
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor
 
 Tokens = Float[Tensor, "*batch n d"]
@@ -71,6 +71,9 @@ Images = Float[Tensor, "B C H W"]
 
 PictureVectors = Float[Tensor, "B k"]
 """One vector a picture: pooled features, or class scores."""
+
+Pictures = Num[Tensor, "B C H W"]
+"""A batch of pictures as they are read: bytes, or floating point in [0, 1]."""
 
 OtherImages = Float[Tensor, "B_other C H W"]
 """Images beside another batch, as many as there are."""

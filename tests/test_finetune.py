@@ -117,7 +117,7 @@ def test_one_step_is_adamws_at_the_scheduled_rate() -> None:
     model = untrained(CRATE, 0)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     head = finetune(model, STRIPES, config).classifier.head.weight.detach()
-    rate = warmup_cosine(1.0, config.lr * config.batch_size / 256, 1.5, 2)
+    rate = warmup_cosine(1.0, config.lr * config.batch_size / 256, 1.5, 2.0)
     # With equal gradients AdamW moves every number by the rate.
     torch.testing.assert_close(head.abs(), torch.full_like(head, rate), rtol=1e-3, atol=0)
     # The classifier was zero, so the embedding has no gradient: its weight only decays, its bias does not.
