@@ -26,20 +26,20 @@ ADAM_BYTES = 16
 class Operations:
     r"""Floating-point operations of the products of matrices, for one picture."""
 
-    embedding: float
-    encoder: float
-    gram: float
+    embedding: int | float
+    encoder: int | float
+    gram: int | float
     r"""The encoder's :math:`D^\top D`, once a layer and batch."""
-    decoder: float
-    prediction: float
+    decoder: int | float
+    prediction: int | float
 
     @property
-    def forward(self) -> float:
+    def forward(self) -> int | float:
         """All of a forward pass."""
         return self.embedding + self.encoder + self.gram + self.decoder + self.prediction
 
     @property
-    def training(self) -> float:
+    def training(self) -> int | float:
         r"""Forward and backward: thrice the forward pass, but for the pixels, which need no gradient, and for
         :math:`D^\top D`, whose two factors share one product.
         """

@@ -309,6 +309,7 @@ def test_a_run_says_whether_its_loss_is_normal(monkeypatch: pytest.MonkeyPatch, 
 # -- torch.compile
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     "config",
     [
