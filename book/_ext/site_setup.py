@@ -69,6 +69,17 @@ def mend_proofs(app: Sphinx, doctree: nodes.document) -> None:
         part["ids"] = [f"proof-content-{number}"]
 
 
+def drop_builtins(app: Sphinx, exception: Exception | None) -> None:
+    """Take `builtins`, which has no page of source, out of the list of module sources.
+
+    A documented alias of two types counts as a member of that module.
+    """
+    listing = Path(app.outdir, "_modules", "index.html")
+    if exception is None and listing.is_file():
+        text = listing.read_text(encoding="utf8")
+        listing.write_text(text.replace('<li><a href="builtins.html">builtins</a></li>', ""), encoding="utf8")
+
+
 def setup(app: Sphinx) -> dict[str, object]:
     """Register the extension."""
     app.setup_extension("sphinx.ext.mathjax")
@@ -76,4 +87,5 @@ def setup(app: Sphinx) -> dict[str, object]:
     app.connect("config-inited", set_repository_buttons)
     app.connect("doctree-read", mend_proofs)
     app.connect("build-finished", copy_mathjax)
+    app.connect("build-finished", drop_builtins)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
