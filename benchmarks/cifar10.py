@@ -1,13 +1,15 @@
 r"""CIFAR-10: CRATE-MAE beside a ViT-MAE of as many parameters, and one change at a time.
 
     python benchmarks/cifar10.py --data hf:PATH/cifar10-train.parquet
-    python benchmarks/cifar10.py --data hf:PATH/cifar10-train.parquet --group ablations
+    python benchmarks/cifar10.py --data hf:PATH/cifar10-train.parquet --group ablations --seeds 0 1
+    python benchmarks/cifar10.py --data hf:PATH/cifar10-train.parquet --group rates --seeds 0
     python benchmarks/cifar10.py --data hf:PATH/cifar10-train.parquet --variants crate vit --epochs 200 --device cuda
 
 Pretrains every variant once for each seed with the same budget, scores each run by completion, linear probes,
 neighbours and (in the comparison) fine-tuning, beside an untrained network and pixels, and writes every seed's figures.
 Runs go to ``--runs``; finished ones are reused, others continued.  The figures in ``results/`` come from two CPU cores:
-six epochs for the comparison (about eight minutes of one core a run), half of one, in batches of 64, for each ablation.
+six epochs for the comparison (about eight minutes of one core a run), one, in batches of 64, for each ablation.  The
+group ``rates`` is how the learning rates of the comparison were found: its first 300 steps, by their losses alone.
 """
 
 import argparse
@@ -17,7 +19,7 @@ import shlex
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +74,29 @@ LABELLED = 10_000
 FINETUNE: Mapping[str, Any] = {"epochs": 4.0, "warmup_epochs": 0.5, "precision": "bf16"}
 """Fine-tuning beside its defaults."""
 
-GROUPS = {"comparison": (COMPARISON, 6.0, 256), "ablations": (ABLATIONS, 0.5, 64)}
-"""Variants, epochs and batch size: small batches, since these runs are short."""
+RATES: Mapping[str, Mapping[str, Any]] = {
+    f"{name}, rate {lr:g}": {**changes, "lr": lr} for name, changes in COMPARISON.items() for lr in (1e-3, 2e-3, 6e-3)
+}
+"""The comparison's two models at other learning rates (for 256 pictures)."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Variants with one budget."""
+
+    variants: Mapping[str, Mapping[str, Any]]
+    output: str
+    epochs: float
+    batch_size: int
+    max_steps: int | None = None
+    """Stop there, and score nothing but the loss."""
+
+
+GROUPS = {
+    "comparison": Group(COMPARISON, "cifar10.json", 6.0, 256),
+    "ablations": Group(ABLATIONS, "cifar10-ablations.json", 1.0, 64),  # small batches, since these runs are short
+    "rates": Group(RATES, "cifar10-rates.json", 6.0, 256, 300),
+}
 
 
 def configure(changes: Mapping[str, Any], seed: int, output_dir: Path, options: argparse.Namespace) -> PretrainConfig:
@@ -81,12 +104,17 @@ def configure(changes: Mapping[str, Any], seed: int, output_dir: Path, options: 
     own = {name: value for name, value in changes.items() if name != "preset" and not name.startswith("model.")}
     inner = {name.removeprefix("model."): value for name, value in changes.items() if name.startswith("model.")}
     preset = changes.get("preset", "cifar10-tiny")
+    batch_size = GROUPS[options.group].batch_size
+    recipe = {
+        # The peak, lr * batch_size / 256, falls with the square root of the batch size.
+        "lr": PretrainConfig.from_preset(preset).lr * math.sqrt(256 / batch_size),
+        **own,
+    }
     config = PretrainConfig.from_preset(
         preset,
         data=options.data,
-        batch_size=options.batch_size,
-        # The peak, lr * batch_size / 256, falls with the square root of the batch size.
-        lr=PretrainConfig.from_preset(preset).lr * math.sqrt(256 / options.batch_size),
+        batch_size=batch_size,
+        max_steps=GROUPS[options.group].max_steps,
         epochs=options.epochs,
         warmup_epochs=min(1.0, options.epochs / 6),
         seed=seed,
@@ -94,7 +122,7 @@ def configure(changes: Mapping[str, Any], seed: int, output_dir: Path, options: 
         precision="bf16",
         compile=True,
         output_dir=str(output_dir),
-        **own,
+        **recipe,
     )
     return replace(config, model=replace(config.model, **inner))
 
@@ -184,7 +212,7 @@ def record_of(
     name: str, changes: Mapping[str, Any], seed: int, data: ImageData, options: argparse.Namespace
 ) -> dict[str, Any]:
     """Train (or reuse) and score one run; its scores are kept beside it."""
-    directory = options.runs / f"{name.replace(' ', '-')}-epochs-{options.epochs:g}-seed-{seed}"
+    directory = options.runs / f"{name.replace(',', '').replace(' ', '-')}-epochs-{options.epochs:g}-seed-{seed}"
     result = trained(configure(changes, seed, directory, options), directory)
     if options.weights:
         save_half(directory, options.weights / f"{name}-seed{seed}")
@@ -195,7 +223,7 @@ def record_of(
         "held_out_loss": result.held_out_loss,
         "commit": started_from(directory),
     }
-    if options.train_only:
+    if options.train_only or GROUPS[options.group].max_steps is not None:
         return record
     kept = directory / "scores.json"
     if not kept.is_file():
@@ -228,8 +256,8 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, help="also save each model there, in float16")
     parser.add_argument("--train-only", action="store_true", help="write no results, only finish the runs")
     options = parser.parse_args()
-    variants, epochs, options.batch_size = GROUPS[options.group]
-    options.epochs = options.epochs or epochs
+    group = GROUPS[options.group]
+    variants, options.epochs = group.variants, options.epochs or group.epochs
     names = options.variants or list(variants)
     unknown = [name for name in names if name not in variants]
     if unknown:
@@ -254,15 +282,15 @@ def main() -> None:
             models[f"{name}, untrained"] = {**models[name], "runs": untrained_records(config, data, options)}
     if options.train_only:
         return
-    output = options.output or Path("results") / (
-        "cifar10.json" if options.group == "comparison" else "cifar10-ablations.json"
-    )
+    output = options.output or Path("results") / group.output
     output.parent.mkdir(parents=True, exist_ok=True)
     pixels = pixel_scores(data, config) if options.group == "comparison" else None
     write_json(
         output,
         {
             "epochs": options.epochs,
+            "batch_size": group.batch_size,
+            "max_steps": group.max_steps,
             "seeds": options.seeds,
             "labelled": len(data.train),
             "held_out": len(data.held_out),

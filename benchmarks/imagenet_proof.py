@@ -18,7 +18,8 @@ from pathlib import Path
 
 import torch
 
-from crate_core.budget import operations, state_bytes
+from crate_core.budget import state_bytes
+from crate_core.costs import operations
 from crate_core.data import open_data
 from crate_core.recipes import PretrainConfig
 from crate_core.runs import TIMING_FILE, RunDirectory, device_name, provenance, write_json
@@ -72,7 +73,7 @@ def main() -> None:
         "compile": options.compile,
         "steps": result.steps,
         "images_per_second": speed,
-        "operations_per_second": speed * operations(model, options.batch_size).training,
+        "operations_per_second": speed * operations(model, options.batch_size).needed / options.batch_size,
         "state_bytes_predicted": state_bytes(model),
         "peak_memory_bytes": timing[-1].get(
             "peak_memory_bytes", 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

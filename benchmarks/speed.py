@@ -41,6 +41,13 @@ from crate_core.sparsify import ista
 
 MASK_RATIO = 0.75
 MODES = ["training", "inference", "ablation"]
+PARTS = {
+    "products": ("aten::mm", "aten::addmm", "mkldnn_convolution", "aten::convolution_backward"),
+    "attention": ("scaled_dot_product", "aten::bmm", "softmax"),
+    "norms": ("layer_norm",),
+    "optimizer": ("adam", "Optimizer", "aten::_foreach", "aten::addcdiv", "aten::addcmul", "aten::lerp"),
+}
+"""Parts of a step by what the names of their kernels contain; the rest is element-wise work and moving numbers."""
 Forward = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Images and mask noise to (loss, predictions)."""
 
@@ -193,6 +200,17 @@ def contenders(
     return given
 
 
+def shares_of_time(call: Callable[[], Any]) -> dict[str, float]:
+    """Share of a call's time on a CPU in each of ``PARTS``, from PyTorch's profiler, and in the rest."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
+        call()
+    seconds = dict.fromkeys([*PARTS, "rest"], 0.0)
+    for event in profiled.key_averages():
+        part = next((part for part, names in PARTS.items() if any(name in event.key for name in names)), "rest")
+        seconds[part] += event.self_cpu_time_total
+    return {part: round(value / sum(seconds.values()), 4) for part, value in seconds.items()}
+
+
 SAME_FUNCTION = ("authors", "plain", "ours")
 
 
@@ -294,6 +312,8 @@ def measure(size: str, mode: str, precision: str, options: argparse.Namespace) -
                 count -= cost.forward["M of ISTA"]
             entry["operations"] = count
             entry["share_of_ceiling"] = count / median / ceiling["operations_per_second"]
+        if device.type == "cpu" and "compiled" not in name and mode != "ablation":
+            entry["shares_of_time"] = shares_of_time(calls[name])
         if name in memory:
             entry["peak_bytes"] = memory[name]
         record["contenders"][name] = entry
@@ -311,9 +331,7 @@ def table(record: dict[str, Any]) -> str:
     head = (
         f"{record['size']}, {record['mode']}, {record['precision']}, batch {record['batch']}, clock {record['clock']}"
     )
-    lines = [
-        f"{head}; ceiling {record['ceilings']['operations_per_second'] / 1e9:.0f} GFLOP/s"
-    ]
+    lines = [f"{head}; ceiling {record['ceilings']['operations_per_second'] / 1e9:.0f} GFLOP/s"]
     for name, entry in record["contenders"].items():
         share = f"{entry['share_of_ceiling']:6.1%} of the ceiling" if "share_of_ceiling" in entry else ""
         memory = f"  {entry['peak_bytes'] / 2**30:.2f} GiB" if "peak_bytes" in entry else ""

@@ -16,20 +16,28 @@ OperationCounts = dict[str, int]
 
 @dataclass(frozen=True)
 class StepCost:
-    """Operations of one step, ``forward`` and ``backward``, by part; ``total`` is their sum."""
+    """Operations of one step, ``forward`` and ``backward``, by part."""
 
     forward: OperationCounts
     backward: OperationCounts
+    recomputed: int
+    """Those of the backward pass that repeat a product of the forward pass instead of storing it."""
 
     @property
     def total(self) -> int:
         """All operations of the step."""
         return sum(self.forward.values()) + sum(self.backward.values())
 
+    @property
+    def needed(self) -> int:
+        """All but the recomputed ones: what a share of a GPU's peak is usually counted from."""
+        return self.total - self.recomputed
 
-def _require_published(config: CrateMAEConfig) -> None:
+
+def require_published(config: CrateMAEConfig) -> None:
+    """Raise ``ValueError`` for ablations that change a layer's products.  Book: :ref:`ch-cost`."""
     if config.expansion != 1 or config.separate_values:
-        raise ValueError("operations are counted for the published layers: expansion=1, separate_values=False")
+        raise ValueError("costs are counted for the published layers: expansion=1, separate_values=False")
 
 
 def token_counts(config: CrateMAEConfig, patches: int | None = None, mask_ratio: float = 0.75) -> tuple[int, int]:
@@ -68,7 +76,7 @@ def operations(
 
     Book: :ref:`ch-cost`, :eq:`eq-cost-layer`.
     """
-    _require_published(config)
+    require_published(config)
     encoded, decoded = (batch * n for n in token_counts(config, patches, mask_ratio))
     d, pixels = config.dim, config.patch_size**2 * config.channels
     square = 2 * d * d
@@ -80,11 +88,12 @@ def operations(
         "densify": square * decoded * config.decoder_layers,
         "prediction": 2 * decoded * pixels * d,
     }
-    factors = {"embedding": 1.0, "attention": 2.5 if fused else 2.0}
-    backward = {part: int(factors.get(part, 2.0) * count) for part, count in forward.items()}
+    backward = {part: (1 if part == "embedding" else 2) * count for part, count in forward.items()}
+    recomputed = forward["attention"] // 2 if fused else 0
+    backward["attention"] += recomputed
     if fused:
         forward["M of ISTA"] = backward["M of ISTA"] = square * d * config.depth
-    return StepCost(forward, backward)
+    return StepCost(forward, backward, recomputed)
 
 
 def saved_numbers(config: CrateMAEConfig, batch: int, patches: int | None = None, mask_ratio: float = 0.75) -> int:
@@ -105,7 +114,7 @@ def saved_numbers(config: CrateMAEConfig, batch: int, patches: int | None = None
 
     Book: :ref:`ch-cost`, :eq:`eq-cost-memory`.
     """
-    _require_published(config)
+    require_published(config)
     encoded, decoded = (batch * n for n in token_counts(config, patches, mask_ratio))
     token = 6 * config.dim + 4 + config.heads
     return token * (encoded * config.depth + decoded * config.decoder_layers) + config.depth * config.dim**2

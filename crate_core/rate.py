@@ -64,6 +64,7 @@ def _tall(v: Tensor) -> Tensor:
 def _cholesky(v: Tensor, weight: float) -> Tensor | None:
     """Lower factor of I + weight v^T v, in float64 where squaring v in float32 would cost too many digits; None where
     float64 would not do either (or v is not finite)."""
+    v = v.contiguous()  # heads lie apart in memory after their one projection; products of strided batches are slow
     gram = weight * (v.mT @ v)
     lost = gram.diagonal(dim1=-2, dim2=-1).sum(-1) * torch.finfo(v.dtype).eps
     if not bool((lost <= CHOLESKY_LIMIT).all()):
