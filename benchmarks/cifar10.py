@@ -25,10 +25,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from crate_core.architectures import build_model, load_model
 from crate_core.config import FrameConfig
+from crate_core.costs import operation_counter
 from crate_core.data import open_data
 from crate_core.finetune import FinetuneConfig, finetune
 from crate_core.frame import MaskedAutoencoder
@@ -188,7 +188,7 @@ def pixel_scores(data: ImageData, config: FrameConfig) -> dict[str, float]:
 def operations(model: MaskedAutoencoder) -> int:
     """Floating-point operations of one training picture's forward pass, in a batch of 64, masking ratio 0.75."""
     images = torch.zeros(64, model.config.channels, *image_size(model.config))
-    with FlopCounterMode(display=False) as counter:
+    with operation_counter() as counter:
         model(images, 0.75)
     return counter.get_total_flops() // 64
 

@@ -1,12 +1,16 @@
 r"""What a CRATE-MAE costs, from its formulas: operations, numbers kept for the backward pass, bytes moved.
 
 Counts are of multiplications and additions in matrix products (an m x k by k x n product has 2 m k n), which is what
-``torch.utils.flop_counter`` counts; element-wise work is counted in bytes.
+:func:`operation_counter` counts; element-wise work is counted in bytes.
 
 Book: :ref:`ch-cost`.
 """
 
 from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from crate_core.config import CrateMAEConfig
 
@@ -32,6 +36,30 @@ class StepCost:
     def needed(self) -> int:
         """All but the recomputed ones: what a share of a GPU's peak is usually counted from."""
         return self.total - self.recomputed
+
+
+def operation_counter() -> FlopCounterMode:
+    """PyTorch's counter of operations, which also counts fused attention on a CPU.
+
+    By itself it does so from torch 2.15 on only.  A context manager; ``get_total_flops()`` is the sum.
+
+    Book: :ref:`ch-cost`.
+    """
+
+    def forward(query: Any, key: Any, value: Any, *rest: Any, **more: Any) -> int:
+        return sdpa_flop_count(query, key, value)
+
+    def backward(gradient: Any, query: Any, key: Any, value: Any, *rest: Any, **more: Any) -> int:
+        return sdpa_backward_flop_count(gradient, query, key, value)
+
+    fused = torch.ops.aten
+    return FlopCounterMode(
+        display=False,
+        custom_mapping={
+            fused._scaled_dot_product_flash_attention_for_cpu: forward,
+            fused._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+        },
+    )
 
 
 def require_published(config: CrateMAEConfig) -> None:

@@ -9,12 +9,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import ks_2samp
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import RandomResizedCrop
 
 from crate_core.budget import activation_bytes, hours, parameter_count, state_bytes
 from crate_core.config import CrateMAEConfig
-from crate_core.costs import operations
+from crate_core.costs import operation_counter, operations
 from crate_core.model import CrateMAE
 from crate_core.transforms import CROP_RATIO, CROP_SCALE, crop_box, mixed, uniforms
 
@@ -35,9 +34,9 @@ def test_operations_and_parameters_are_torchs(
     )
     with torch.device("meta"):
         model = CrateMAE(config)
-        with FlopCounterMode(display=False) as forward:
+        with operation_counter() as forward:
             loss = model(torch.empty(batch, 3, side, side), 0.5, torch.empty(batch, math.prod(config.grid))).loss
-        with FlopCounterMode(display=False) as backward:
+        with operation_counter() as backward:
             loss.backward()
     predicted = operations(config, batch)
     assert forward.get_total_flops() == sum(predicted.forward.values())

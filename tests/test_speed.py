@@ -9,10 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from crate_core.config import CrateMAEConfig
-from crate_core.costs import operations, saved_numbers, token_counts
+from crate_core.costs import operation_counter, operations, saved_numbers, token_counts
 from crate_core.inference import fold
 from crate_core.model import CrateMAE
 from crate_core.rate import head_coordinates, subspace_coding_rate
@@ -85,10 +84,10 @@ def test_predicted_operations_are_those_that_run(
     )
     images, noise = images_and_noise(model, batch)
     cost = operations(model.config, batch, mask_ratio=0.6)
-    with FlopCounterMode(display=False) as counter:
+    with operation_counter() as counter:
         loss = model(images, 0.6, noise).loss
     assert counter.get_total_flops() == sum(cost.forward.values())
-    with FlopCounterMode(display=False) as counter:
+    with operation_counter() as counter:
         loss.backward()
     assert counter.get_total_flops() == sum(cost.backward.values())
 
@@ -97,7 +96,7 @@ def test_the_plain_form_costs_what_its_formula_says_and_computes_the_same() -> N
     model = small(normalize_targets=True)
     plain = PlainCrateMAE(copy.deepcopy(model))
     images, noise = images_and_noise(model)
-    with FlopCounterMode(display=False) as counter:
+    with operation_counter() as counter:
         loss, logits = plain(images, 0.6, noise)
         loss.backward()
     assert counter.get_total_flops() == operations(model.config, 2, fused=False).total
