@@ -72,7 +72,8 @@ class PlainCrateMAE(nn.Module):
         mask = torch.gather(mask, 1, restore)
         filled = torch.cat([visible, model.mask_token.expand(batch, length - kept, -1)], dim=1)
         filled = torch.gather(filled, 1, restore[:, :, None].expand(-1, -1, dim))
-        x = torch.cat([model.class_token.expand(batch, -1, -1), filled], dim=1) + model.positions
+        rows, columns = (side // config.patch_size for side in images.shape[-2:])
+        x = torch.cat([model.class_token.expand(batch, -1, -1), filled], dim=1) + model.position_table((rows, columns))
         for layer in model.encoder:
             x = x + self.attention(layer.attention, layer.norm_attention(x))
             x = self.ista(layer.norm_sparsify(x), layer.sparsify.weight, config.eta, config.lambd)

@@ -305,7 +305,7 @@ def measure(size: str, mode: str, precision: str, options: argparse.Namespace) -
             "images_per_second": options.batch / median,
             "speedup": statistics.median(a / b for a, b in zip(seconds[first], times, strict=True)),
         }
-        if name.startswith(SAME_FUNCTION) and "visible" not in name:
+        if name.startswith(SAME_FUNCTION) and "visible" not in name and not name.startswith("plain, fused"):
             cost = operations(config, options.batch, fused=name.startswith("ours"))
             count = sum(cost.forward.values()) if mode == "inference" else cost.total
             if "folded" in name:  # M is computed once, when the model is folded
