@@ -41,7 +41,7 @@ def finished(run: Path, preset: str) -> tuple[PretrainConfig, int, list[dict[str
 
 def without_folders(command: str) -> str:
     """A recorded command with absolute paths cut down to their last name."""
-    return re.sub(r"/[^\s:']*/([^/\s']+)", r"\1", command)
+    return re.sub(r"(?<![^\s:'])/[^\s:']*/([^/\s']+)", r"\1", command)
 
 
 def bands_in(path: Path) -> dict[str, Any]:

@@ -275,12 +275,12 @@ PRESETS: dict[str, Preset] = {
     ),
     "cifar10-tiny": Preset(
         fields={**CIFAR10, "model": CrateMAEConfig.preset("cifar10-tiny")},
-        cost="not measured yet",
+        cost="about 13 min of one x86-64 core with bfloat16 instructions, compiled (1,172 steps)",
     ),
     "cifar10-tiny-vit": Preset(
-        # Of 1e-3, 2e-3 and 6e-3, each architecture has the rate with the lower loss after 300 steps.
+        # Of 1e-3, 2e-3 and 6e-3, each has the rate with the lowest loss after 300 steps (results/cifar10-rates.json).
         fields={**CIFAR10, "model": ViTMAEConfig.preset("cifar10-tiny"), "lr": 6e-3},
-        cost="not measured yet",
+        cost="about 5 min of one x86-64 core with bfloat16 instructions, compiled (1,172 steps)",
     ),
     "imagenet-small": Preset(
         fields={"data": "folder:imagenet", "model": CrateMAEConfig.preset("small"), "workers": 16, "precision": "bf16"},
