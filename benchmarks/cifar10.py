@@ -2,14 +2,16 @@ r"""CIFAR-10: CRATE-MAE beside a ViT-MAE of as many parameters, and one change a
 
     python benchmarks/cifar10.py --data hf:PATH/cifar10-train.parquet
     python benchmarks/cifar10.py --data hf:PATH/cifar10-train.parquet --group ablations --seeds 0 1
+    python benchmarks/cifar10.py --data hf:PATH/cifar10-train.parquet --group sweeps --seeds 0 1
     python benchmarks/cifar10.py --data hf:PATH/cifar10-train.parquet --group rates --seeds 0
     python benchmarks/cifar10.py --data hf:PATH/cifar10-train.parquet --variants crate vit --epochs 200 --device cuda
 
 Pretrains every variant once for each seed with the same budget, scores each run by completion, linear probes,
 neighbours and (in the comparison) fine-tuning, beside an untrained network and pixels, and writes every seed's figures.
 Runs go to ``--runs``; finished ones are reused, others continued.  The figures in ``results/`` come from two CPU cores:
-six epochs for the comparison (about eight minutes of one core a run), one, in batches of 64, for each ablation.  The
-group ``rates`` is how the learning rates of the comparison were found: its first 300 steps, by their losses alone.
+six epochs for the comparison (eight to thirteen minutes of one core a run); in batches of 64, half of one for each
+ablation and one for each sweep.  The group ``rates`` is how the learning rates of the comparison were found: its first
+300 steps, by their losses alone.
 """
 
 import argparse
@@ -50,9 +52,20 @@ COMPARISON: Mapping[str, Mapping[str, Any]] = {
 
 ABLATIONS: Mapping[str, Mapping[str, Any]] = {
     "crate": {},
+    "separate values": {"model.separate_values": True},
+    "over-complete, residual": {"model.expansion": 4},
+    "decoder of 1 layer": {"model.decoder_depth": 1},
+    "no norm": {"model.norm": "none"},
+    "vit": {"preset": "cifar10-tiny-vit"},
+}
+"""CRATE-MAE with one part of its design changed, and the ViT-MAE at that budget."""
+
+SWEEPS: Mapping[str, Mapping[str, Any]] = {
+    "crate": {},
     "vit": {"preset": "cifar10-tiny-vit"},
     "separate values": {"model.separate_values": True},
     "visible tokens only": {"model.encode_visible_only": True},
+    "RMSNorm": {"model.norm": "rms"},
     "masking ratio 0.5": {"mask_ratio": 0.5},
     "masking ratio 0.9": {"mask_ratio": 0.9},
     "lambda 0": {"model.lambd": 0.0},
@@ -61,12 +74,8 @@ ABLATIONS: Mapping[str, Mapping[str, Any]] = {
     "eta 0.5": {"model.eta": 0.5},
     "2 layers": {"model.depth": 2},
     "6 layers": {"model.depth": 6},
-    "RMSNorm": {"model.norm": "rms"},
-    "no norm": {"model.norm": "none"},
-    "over-complete, residual": {"model.expansion": 4},
-    "decoder of 1 layer": {"model.decoder_depth": 1},
 }
-"""CRATE-MAE changed in one field at a time, and the ViT-MAE at the ablations' budget."""
+"""CRATE-MAE with one number of its design changed, and some parts; twice the budget of the ablations."""
 
 LABELLED = 10_000
 """Labelled pictures that probes, neighbours and fine-tuning may see, of 50,000."""
@@ -94,7 +103,9 @@ class Group:
 
 GROUPS = {
     "comparison": Group(COMPARISON, "cifar10.json", 6.0, 256),
-    "ablations": Group(ABLATIONS, "cifar10-ablations.json", 1.0, 64),  # small batches, since these runs are short
+    # Small batches, since these runs are short.
+    "ablations": Group(ABLATIONS, "cifar10-ablations.json", 0.5, 64),
+    "sweeps": Group(SWEEPS, "cifar10-sweeps.json", 1.0, 64),
     "rates": Group(RATES, "cifar10-rates.json", 6.0, 256, 300),
 }
 
