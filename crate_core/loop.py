@@ -98,7 +98,8 @@ class Trainer:
             self.model.load_weights(self.checkpoint.weights(), source=str(self.checkpoint.path))
         self.unreadable = UnreadableCount(self.count, config.max_unreadable, unreadable)
         self.wrapped, self.optimizer = distribute(self.model, config, accelerator)
-        self.forward = torch.compile(self.wrapped) if config.compile else self.wrapped
+        # Shapes and masking ratio do not change in a run: none is to be taken as unknown.
+        self.forward = torch.compile(self.wrapped, dynamic=False) if config.compile else self.wrapped
         if self.checkpoint is not None:
             states = self.checkpoint.optimizer()
             load_optimizer_state(self.wrapped, self.optimizer, states["optimizer"])
