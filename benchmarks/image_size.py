@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from speed import MASK_RATIO, Forward, Stopwatch, ceilings, copy_of, own, plain
+from speed import Forward, Stopwatch, ceilings, copy_of, own, plain
 
 from crate_core.costs import operations
 from crate_core.model import CrateMAE
@@ -66,8 +66,6 @@ def main() -> None:
         print(side, patches, {name: round(value, 3) for name, value in row["seconds"].items()}, flush=True)
     content = {
         "size": options.size,
-        "dim": model.config.dim,
-        "mask_ratio": MASK_RATIO,
         "ceilings": ceilings(watch, torch.float32),
         "rows": rows,
         "provenance": provenance(

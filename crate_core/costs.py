@@ -52,12 +52,12 @@ def operation_counter() -> FlopCounterMode:
     def backward(gradient: Any, query: Any, key: Any, value: Any, *rest: Any, **more: Any) -> int:
         return sdpa_backward_flop_count(gradient, query, key, value)
 
-    fused = torch.ops.aten
+    aten = torch.ops.aten
     return FlopCounterMode(
         display=False,
         custom_mapping={
-            fused._scaled_dot_product_flash_attention_for_cpu: forward,
-            fused._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+            aten._scaled_dot_product_flash_attention_for_cpu: forward,
+            aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
         },
     )
 
