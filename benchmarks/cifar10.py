@@ -28,21 +28,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from crate_core.architectures import build_model, load_model
-from crate_core.config import FrameConfig
-from crate_core.costs import operation_counter
-from crate_core.data import open_data
-from crate_core.finetune import FinetuneConfig, finetune
-from crate_core.frame import MaskedAutoencoder
-from crate_core.neighbours import neighbour_accuracy
-from crate_core.pretrained import save_model
-from crate_core.probe import encode, probe_accuracy, small_pixels, untrained
-from crate_core.provenance import device_name, provenance, write_json
-from crate_core.recipes import OPERATIONAL, PretrainConfig, image_size
-from crate_core.reconstruction import reconstruction_by_ratio, some_pictures
-from crate_core.runs import RUN_FILE, PretrainResult, RunDirectory, result_of
-from crate_core.sources import ImageData, SelectedImages
-from crate_core.train import pretrain
+from crate_core.data.named import open_data
+from crate_core.data.sources import ImageData, SelectedImages
+from crate_core.evaluation.finetune import FinetuneConfig, finetune
+from crate_core.evaluation.neighbours import neighbour_accuracy
+from crate_core.evaluation.probe import encode, probe_accuracy, small_pixels, untrained
+from crate_core.model.autoencoder import MaskedAutoencoder
+from crate_core.model.build import build_model, load_model
+from crate_core.model.config import FrameConfig
+from crate_core.model.cost import operation_counter
+from crate_core.model.files import save_model
+from crate_core.records import device_name, provenance, write_json
+from crate_core.training.pretrain import pretrain
+from crate_core.training.recipe import OPERATIONAL, PretrainConfig, image_size
+from crate_core.training.run_directory import RUN_FILE, PretrainResult, RunDirectory, result_of
+from crate_core.training.yardsticks import reconstruction_by_ratio, some_pictures
 
 COMPARISON: Mapping[str, Mapping[str, Any]] = {
     "crate": {},

@@ -3,7 +3,7 @@ r"""The band of normal training losses of a preset, from the metrics logs of unc
     python benchmarks/expected_loss.py --preset digits                        # trains what is missing: 3 x 2.5 minutes
     python benchmarks/expected_loss.py --preset cifar10-tiny --from runs/cifar10/crate-epochs-6-seed-*
 
-Writes ``results/expected-loss.json`` (bands and where they come from) and ``crate_core/expected_loss.json`` (the
+Writes ``results/expected-loss.json`` (bands and where they come from) and ``crate_core/training/expected_loss.json`` (the
 bands alone, which the package carries so that a run can say whether its loss is normal).  Other presets' bands stay.
 """
 
@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from crate_core.expected import EXPECTED_FILE, loss_band, unchanged
-from crate_core.recipes import PretrainConfig, total_steps
-from crate_core.runs import RUN_FILE, RunDirectory, device_name, provenance, write_json
-from crate_core.train import pretrain
+from crate_core.training.expected import EXPECTED_FILE, loss_band, unchanged
+from crate_core.training.pretrain import pretrain
+from crate_core.training.recipe import PretrainConfig, total_steps
+from crate_core.training.run_directory import RUN_FILE, RunDirectory, device_name, provenance, write_json
 
 RESULTS = Path("results/expected-loss.json")
 

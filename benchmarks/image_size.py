@@ -4,7 +4,7 @@ r"""Seconds of a training step against the size of the picture, to 1,024 pixels,
 
 One picture, the package's model and the plain transcription with stored attention weights, in turn, with equal weights;
 the transcription only where the weights that it stores fit in ``--limit`` bytes.  Predicted are the operations of
-``crate_core.costs`` over the speed of a large product, measured in the same run.  Writes ``results/image-size.json``.
+``crate_core.model.cost`` over the speed of a large product, measured in the same run.  Writes ``results/image-size.json``.
 """
 
 import argparse
@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from speed import Forward, Stopwatch, ceilings, copy_of, own, plain
 
-from crate_core.costs import operations
-from crate_core.model import CrateMAE
-from crate_core.provenance import device_name, provenance, write_json
+from crate_core.model.cost import operations
+from crate_core.model.crate import CrateMAE
+from crate_core.records import device_name, provenance, write_json
 
 
 def stored_bytes(model: CrateMAE, patches: int) -> int:

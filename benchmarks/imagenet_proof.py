@@ -18,12 +18,12 @@ from pathlib import Path
 
 import torch
 
-from crate_core.budget import state_bytes
-from crate_core.costs import operations
-from crate_core.data import open_data
-from crate_core.recipes import PretrainConfig
-from crate_core.runs import TIMING_FILE, RunDirectory, device_name, provenance, write_json
-from crate_core.train import pretrain
+from crate_core.data.named import open_data
+from crate_core.model.budget import state_bytes
+from crate_core.model.cost import operations
+from crate_core.training.pretrain import pretrain
+from crate_core.training.recipe import PretrainConfig
+from crate_core.training.run_directory import TIMING_FILE, RunDirectory, device_name, provenance, write_json
 
 
 def main() -> None:

@@ -24,17 +24,17 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
-from crate_core.data import open_data
-from crate_core.runs import device_name, provenance, write_json
-from crate_core.sources import open_picture
-from crate_core.stream import TrainingPictures
-from crate_core.transforms import crop_box, crop_flip, in_mode, raw_tensor, uniforms
+from crate_core.data.batches import TrainingPictures
+from crate_core.data.named import open_data
+from crate_core.data.sources import open_picture
+from crate_core.data.transforms import crop_box, crop_flip, in_mode, raw_tensor, uniforms
+from crate_core.training.run_directory import device_name, provenance, write_json
 
 SIZE = (224, 224)
 
 
 def boxes(size: tuple[int, int], key: int) -> tuple[bool, tuple[int, int, int, int]]:
-    """Whether to flip, and the crop, as :func:`crate_core.transforms.crop_flip` draws them."""
+    """Whether to flip, and the crop, as :func:`crate_core.data.transforms.crop_flip` draws them."""
     draws = uniforms(key)
     return next(draws) < 0.5, crop_box(*size, draws)
 

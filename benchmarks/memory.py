@@ -6,7 +6,7 @@ r"""What a training step keeps for its backward pass, against the number of toke
 Bytes of all distinct storages that autograd saves in one forward pass, weights left out, for the package's model and
 for the plain transcription with stored attention weights; on a GPU the peak of a whole step too.  The width is narrow
 by default so that the plain form fits: the shape of the curve is that of any width, and the formula of
-``crate_core.costs.saved_numbers`` gives it for all.  Writes ``results/memory.json``.
+``crate_core.model.cost.saved_numbers`` gives it for all.  Writes ``results/memory.json``.
 """
 
 import argparse
@@ -20,10 +20,10 @@ import torch
 from plain import PlainCrateMAE
 from torch import Tensor, nn
 
-from crate_core.config import CrateMAEConfig
-from crate_core.costs import saved_numbers
-from crate_core.model import CrateMAE
-from crate_core.provenance import device_name, provenance, write_json
+from crate_core.model.config import CrateMAEConfig
+from crate_core.model.cost import saved_numbers
+from crate_core.model.crate import CrateMAE
+from crate_core.records import device_name, provenance, write_json
 
 SIDES = (224, 320, 448, 640, 768, 1024)
 """Pixels; at 16 to a patch, 196 to 4,096 tokens."""

@@ -2,7 +2,7 @@ r"""CRATE-MAE as its equations read, step by step, to measure the package agains
 
 Three products with the tokens in ISTA, attention weights that are stored, LayerNorms and sums one after the other, the
 mask by two gathers: what the published code computes, transcribed from the equations.  It shares the weights with a
-:class:`crate_core.model.CrateMAE` and none of its computation.  Single steps can be swapped for the package's, one at a
+:class:`crate_core.model.crate.CrateMAE` and none of its computation.  Single steps can be swapped for the package's, one at a
 time, which is how ``speed.py`` finds what each of them gains.
 """
 
@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from crate_core.attention import MSSA
-from crate_core.model import CrateMAE
+from crate_core.model.attention import MSSA
+from crate_core.model.crate import CrateMAE
 
 IstaStep = Callable[[Tensor, Tensor, float, float], Tensor]
 Attend = Callable[[Tensor, float], Tensor]

@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from crate_core.model import CrateMAE
-from crate_core.provenance import device_name, provenance, write_json
-from crate_core.rate import head_coordinates, subspace_beta, subspace_coding_rate
+from crate_core.model.crate import CrateMAE
+from crate_core.records import device_name, provenance, write_json
 from crate_core.shapes import Bases, Scalars, Tokens
+from crate_core.theory.rate import head_coordinates, subspace_beta, subspace_coding_rate
 
 
 def rate_by_loop(z: Tokens, bases: Bases, eps: float) -> Scalars:

@@ -21,15 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crate_core.architectures import load_model
-from crate_core.composites import Composites, composites, digit_pictures
-from crate_core.frame import MaskedAutoencoder
-from crate_core.inspect_heads import all_attention_maps, upsample
-from crate_core.inspect_tokens import signed_components, token_pca, trace_tokens
-from crate_core.patches import patch_grid, patchify
-from crate_core.probe import untrained
-from crate_core.provenance import device_name, provenance, write_json
-from crate_core.segmentation import (
+from crate_core.evaluation.probe import untrained
+from crate_core.inspection.composites import Composites, composites, digit_pictures
+from crate_core.inspection.foreground import (
     ATTENTION_MASS,
     ForegroundScores,
     centre_blob,
@@ -38,6 +32,12 @@ from crate_core.segmentation import (
     random_maps,
     select_map,
 )
+from crate_core.inspection.heads import all_attention_maps, upsample
+from crate_core.inspection.tokens import signed_components, token_pca, trace_tokens
+from crate_core.model.autoencoder import MaskedAutoencoder
+from crate_core.model.build import load_model
+from crate_core.model.patches import patch_grid, patchify
+from crate_core.records import device_name, provenance, write_json
 
 METRICS = ("iou", "pointing", "auc")
 

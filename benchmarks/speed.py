@@ -32,12 +32,12 @@ import torch
 from plain import PlainCrateMAE, plain_attend, plain_ista
 from torch import Tensor, nn
 
-from crate_core.attention import attend
-from crate_core.costs import operations
-from crate_core.inference import fold
-from crate_core.model import CrateMAE
-from crate_core.provenance import device_name, provenance, write_json
-from crate_core.sparsify import ista
+from crate_core.model.attention import attend
+from crate_core.model.cost import operations
+from crate_core.model.crate import CrateMAE
+from crate_core.model.fold import fold
+from crate_core.model.sparsify import ista
+from crate_core.records import device_name, provenance, write_json
 
 MASK_RATIO = 0.75
 MODES = ["training", "inference", "ablation"]

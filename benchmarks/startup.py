@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from crate_core.provenance import device_name, provenance, write_json
+from crate_core.records import device_name, provenance, write_json
 
 PROGRAMS = {
     "python": "pass",

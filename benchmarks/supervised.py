@@ -14,11 +14,11 @@ from pathlib import Path
 
 import torch
 
-from crate_core.data import open_data
-from crate_core.finetune import FinetuneConfig, finetune
-from crate_core.probe import untrained
-from crate_core.recipes import PretrainConfig
-from crate_core.runs import SUMMARY_FILE, device_name, provenance, write_json
+from crate_core.data.named import open_data
+from crate_core.evaluation.finetune import FinetuneConfig, finetune
+from crate_core.evaluation.probe import untrained
+from crate_core.training.recipe import PretrainConfig
+from crate_core.training.run_directory import SUMMARY_FILE, device_name, provenance, write_json
 
 
 def main() -> None:

@@ -17,14 +17,14 @@ import torch
 from segmentation import named_models
 from torch import Tensor
 
-from crate_core.data import open_data
-from crate_core.frame import MaskedAutoencoder
-from crate_core.inspect_tokens import midpoint_nonlinearity, token_pca, trace_tokens
-from crate_core.measures import entropy_rank, participation_ratio, token_spectrum
-from crate_core.patches import patchify
-from crate_core.provenance import device_name, provenance, write_json
-from crate_core.reconstruction import some_pictures
-from crate_core.token_blends import interpolate_tokens
+from crate_core.data.named import open_data
+from crate_core.inspection.measures import entropy_rank, participation_ratio, token_spectrum
+from crate_core.inspection.token_blends import interpolate_tokens
+from crate_core.inspection.tokens import midpoint_nonlinearity, token_pca, trace_tokens
+from crate_core.model.autoencoder import MaskedAutoencoder
+from crate_core.model.patches import patchify
+from crate_core.records import device_name, provenance, write_json
+from crate_core.training.yardsticks import some_pictures
 
 DIRECTIONS = 32
 """How many leading shares of the spectrum are written."""

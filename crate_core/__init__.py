@@ -8,55 +8,55 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from crate_core.attention import MSSA as MSSA
-    from crate_core.attention import attend as attend
-    from crate_core.attention import attention_weights as attention_weights
-    from crate_core.attention import exact_mssa as exact_mssa
-    from crate_core.attention import mssa as mssa
-    from crate_core.attention import mssa_step as mssa_step
-    from crate_core.config import PRESETS as PRESETS
-    from crate_core.config import CrateMAEConfig as CrateMAEConfig
-    from crate_core.denoise import add_noise as add_noise
-    from crate_core.denoise import noise_left as noise_left
-    from crate_core.denoise import project as project
-    from crate_core.denoise import project_nearest as project_nearest
-    from crate_core.denoise import tweedie as tweedie
-    from crate_core.diffusion import exact_structured_flow as exact_structured_flow
-    from crate_core.diffusion import forward_noising as forward_noising
-    from crate_core.diffusion import probability_flow as probability_flow
-    from crate_core.diffusion import reverse_sde as reverse_sde
-    from crate_core.diffusion import structured_flow as structured_flow
-    from crate_core.law import compression_bound as compression_bound
-    from crate_core.law import contraction_bound as contraction_bound
-    from crate_core.law import denoising_cosine as denoising_cosine
-    from crate_core.law import denoising_cosine_law as denoising_cosine_law
-    from crate_core.layers import DecoderLayer as DecoderLayer
-    from crate_core.layers import EncoderLayer as EncoderLayer
-    from crate_core.mixture import LowRankGaussianMixture as LowRankGaussianMixture
-    from crate_core.mixture import MixtureSample as MixtureSample
-    from crate_core.mixture import coherence as coherence
-    from crate_core.mixture import random_bases as random_bases
-    from crate_core.model import CrateMAE as CrateMAE
-    from crate_core.outputs import CrateMAEOutput as CrateMAEOutput
-    from crate_core.outputs import Reconstruction as Reconstruction
-    from crate_core.patches import patchify as patchify
-    from crate_core.patches import random_masking as random_masking
-    from crate_core.patches import sincos_positions as sincos_positions
-    from crate_core.patches import unpatchify as unpatchify
-    from crate_core.rate import class_coding_rate as class_coding_rate
-    from crate_core.rate import coding_rate as coding_rate
-    from crate_core.rate import coding_rate_grad as coding_rate_grad
-    from crate_core.rate import rate_reduction as rate_reduction
-    from crate_core.rate import sparse_rate_reduction as sparse_rate_reduction
-    from crate_core.rate import subspace_coding_rate as subspace_coding_rate
-    from crate_core.rate import subspace_coding_rate_grad as subspace_coding_rate_grad
-    from crate_core.sparsify import ISTA as ISTA
-    from crate_core.sparsify import ista as ista
-    from crate_core.sparsify import lasso_objective as lasso_objective
-    from crate_core.sparsify import proximal_step as proximal_step
+    from crate_core.model.attention import MSSA as MSSA
+    from crate_core.model.attention import attend as attend
+    from crate_core.model.attention import attention_weights as attention_weights
+    from crate_core.model.attention import exact_mssa as exact_mssa
+    from crate_core.model.attention import mssa as mssa
+    from crate_core.model.attention import mssa_step as mssa_step
+    from crate_core.model.config import PRESETS as PRESETS
+    from crate_core.model.config import CrateMAEConfig as CrateMAEConfig
+    from crate_core.model.crate import CrateMAE as CrateMAE
+    from crate_core.model.layers import DecoderLayer as DecoderLayer
+    from crate_core.model.layers import EncoderLayer as EncoderLayer
+    from crate_core.model.outputs import CrateMAEOutput as CrateMAEOutput
+    from crate_core.model.outputs import Reconstruction as Reconstruction
+    from crate_core.model.patches import patchify as patchify
+    from crate_core.model.patches import random_masking as random_masking
+    from crate_core.model.patches import sincos_positions as sincos_positions
+    from crate_core.model.patches import unpatchify as unpatchify
+    from crate_core.model.sparsify import ISTA as ISTA
+    from crate_core.model.sparsify import ista as ista
+    from crate_core.model.sparsify import lasso_objective as lasso_objective
+    from crate_core.model.sparsify import proximal_step as proximal_step
+    from crate_core.theory.denoise import add_noise as add_noise
+    from crate_core.theory.denoise import noise_left as noise_left
+    from crate_core.theory.denoise import project as project
+    from crate_core.theory.denoise import project_nearest as project_nearest
+    from crate_core.theory.denoise import tweedie as tweedie
+    from crate_core.theory.diffusion import exact_structured_flow as exact_structured_flow
+    from crate_core.theory.diffusion import forward_noising as forward_noising
+    from crate_core.theory.diffusion import probability_flow as probability_flow
+    from crate_core.theory.diffusion import reverse_sde as reverse_sde
+    from crate_core.theory.diffusion import structured_flow as structured_flow
+    from crate_core.theory.law import compression_bound as compression_bound
+    from crate_core.theory.law import contraction_bound as contraction_bound
+    from crate_core.theory.law import denoising_cosine as denoising_cosine
+    from crate_core.theory.law import denoising_cosine_law as denoising_cosine_law
+    from crate_core.theory.mixture import LowRankGaussianMixture as LowRankGaussianMixture
+    from crate_core.theory.mixture import MixtureSample as MixtureSample
+    from crate_core.theory.mixture import coherence as coherence
+    from crate_core.theory.mixture import random_bases as random_bases
+    from crate_core.theory.rate import class_coding_rate as class_coding_rate
+    from crate_core.theory.rate import coding_rate as coding_rate
+    from crate_core.theory.rate import coding_rate_grad as coding_rate_grad
+    from crate_core.theory.rate import rate_reduction as rate_reduction
+    from crate_core.theory.rate import sparse_rate_reduction as sparse_rate_reduction
+    from crate_core.theory.rate import subspace_coding_rate as subspace_coding_rate
+    from crate_core.theory.rate import subspace_coding_rate_grad as subspace_coding_rate_grad
 
 EXPORTS = {
-    "attention": (
+    "model.attention": (
         "MSSA",
         "attend",
         "attention_weights",
@@ -64,52 +64,52 @@ EXPORTS = {
         "mssa",
         "mssa_step",
     ),
-    "config": (
+    "model.config": (
         "PRESETS",
         "CrateMAEConfig",
     ),
-    "denoise": (
+    "theory.denoise": (
         "add_noise",
         "noise_left",
         "project",
         "project_nearest",
         "tweedie",
     ),
-    "diffusion": (
+    "theory.diffusion": (
         "exact_structured_flow",
         "forward_noising",
         "probability_flow",
         "reverse_sde",
         "structured_flow",
     ),
-    "law": (
+    "theory.law": (
         "compression_bound",
         "contraction_bound",
         "denoising_cosine",
         "denoising_cosine_law",
     ),
-    "layers": (
+    "model.layers": (
         "DecoderLayer",
         "EncoderLayer",
     ),
-    "mixture": (
+    "theory.mixture": (
         "LowRankGaussianMixture",
         "MixtureSample",
         "coherence",
         "random_bases",
     ),
-    "model": ("CrateMAE",),
-    "outputs": (
+    "model.crate": ("CrateMAE",),
+    "model.outputs": (
         "CrateMAEOutput",
         "Reconstruction",
     ),
-    "patches": (
+    "model.patches": (
         "patchify",
         "random_masking",
         "sincos_positions",
         "unpatchify",
     ),
-    "rate": (
+    "theory.rate": (
         "class_coding_rate",
         "coding_rate",
         "coding_rate_grad",
@@ -118,7 +118,7 @@ EXPORTS = {
         "subspace_coding_rate",
         "subspace_coding_rate_grad",
     ),
-    "sparsify": (
+    "model.sparsify": (
         "ISTA",
         "ista",
         "lasso_objective",
@@ -127,6 +127,10 @@ EXPORTS = {
 }
 """The names above by module, for when the program runs; a test holds the two equal."""
 
+FOLDERS = ("theory", "model", "data", "training", "evaluation", "inspection")
+
+FOLDERS = ("theory", "model", "data", "training", "evaluation", "inspection")
+
 _MODULE_OF = {name: module for module, names in EXPORTS.items() for name in names}
 __all__ = sorted(_MODULE_OF)
 
@@ -134,7 +138,7 @@ __all__ = sorted(_MODULE_OF)
 def __getattr__(name: str) -> Any:
     if name in _MODULE_OF:
         value = getattr(import_module(f"crate_core.{_MODULE_OF[name]}"), name)
-    elif name in EXPORTS:  # crate_core.rate, without an import of its own
+    elif name in FOLDERS:  # crate_core.theory, without an import of its own
         return import_module(f"crate_core.{name}")
     else:
         raise AttributeError(f"module 'crate_core' has no attribute {name!r}")
@@ -143,4 +147,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_MODULE_OF, *EXPORTS})
+    return sorted({*globals(), *_MODULE_OF, *FOLDERS})

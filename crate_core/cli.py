@@ -107,11 +107,11 @@ def pick_device(device: str) -> str:
 
 def run_pretrain(arguments: Sequence[str], command: str) -> None:
     """``crate pretrain``."""
-    from crate_core.recipes import PretrainConfig
+    from crate_core.training.recipe import PretrainConfig
 
     default = PretrainConfig.from_preset(option(arguments, "preset") or "digits")
     config = parse(PretrainConfig, "pretrain", arguments, default)
-    from crate_core.train import pretrain
+    from crate_core.training.pretrain import pretrain
 
     pretrain(config, command=command)
 
@@ -119,8 +119,8 @@ def run_pretrain(arguments: Sequence[str], command: str) -> None:
 def run_evaluate(arguments: Sequence[str], command: str) -> None:
     """``crate evaluate``."""
     options = parse(Evaluate, "evaluate", arguments)
-    from crate_core.evaluate import EVALUATION_FILE, evaluate, save_evaluation, table
-    from crate_core.finetune import FinetuneConfig
+    from crate_core.evaluation.evaluate import EVALUATION_FILE, evaluate, save_evaluation, table
+    from crate_core.evaluation.finetune import FinetuneConfig
 
     fine_tuning = (
         FinetuneConfig(
@@ -162,11 +162,11 @@ def run_reconstruct(arguments: Sequence[str], command: str) -> None:
         raise UsageError("give either --images FILE ... or --data")
     import math
 
-    from crate_core.architectures import load_model
-    from crate_core.data import open_data
-    from crate_core.reconstruction import save_reconstructions, some_pictures
-    from crate_core.sources import FileImages, ImageSource
-    from crate_core.stream import Stream, mask_noise
+    from crate_core.data.batches import Stream, mask_noise
+    from crate_core.data.named import open_data
+    from crate_core.data.sources import FileImages, ImageSource
+    from crate_core.model.build import load_model
+    from crate_core.training.yardsticks import save_reconstructions, some_pictures
 
     model = load_model(options.checkpoint)
     source: ImageSource
@@ -189,8 +189,8 @@ def run_inspect(arguments: Sequence[str], command: str) -> None:
     options = parse(Inspect, "inspect", arguments)
     if options.images and options.data is not None:
         raise UsageError("give either --images FILE ... or --data, or neither")
-    from crate_core.architectures import load_model
-    from crate_core.report import inspect_checkpoint, write_report
+    from crate_core.inspection.page import inspect_checkpoint, write_report
+    from crate_core.model.build import load_model
 
     page = inspect_checkpoint(
         load_model(options.checkpoint).to(pick_device(options.device)),
@@ -210,7 +210,7 @@ def run_convert(arguments: Sequence[str], command: str) -> None:
     """``crate convert``."""
     del command  # the weights' origin is the authors' file
     options = parse(Convert, "convert", arguments, positional=True)
-    from crate_core.model import CrateMAE
+    from crate_core.model.crate import CrateMAE
 
     model = CrateMAE.from_reference(options.reference, heads=options.heads)
     model.save_pretrained(options.output_dir)

@@ -12,8 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from crate_core.cli import COMMANDS, box_text, main, option, pick_device
-from crate_core.config import CrateMAEConfig
-from crate_core.model import CrateMAE
+from crate_core.model.config import CrateMAEConfig
+from crate_core.model.crate import CrateMAE
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = CrateMAEConfig.preset("digits", dim=16, depth=1, heads=2)

@@ -16,16 +16,75 @@ PACKAGE = ROOT / "crate_core"
 
 # The book's order. A module imports only from modules above it.
 ORDER = [
-    "shapes", "mixture", "denoise", "fitting", "rate", "law", "integrators", "diffusion", "attention", "sparsify",
-    "patches", "config", "costs", "layers", "outputs", "pretrained", "hub", "saved", "frame", "model", "inference",
-    "baseline", "architectures", "sources", "recipes", "budget", "expected", "transforms", "stream", "data",
-    "streaming", "probe", "neighbours", "reconstruction", "provenance", "runs", "devices", "progress", "loop",
-    "train", "finetune", "evaluate", "export", "measures", "layer_measures", "inspect_layers", "readout",
-    "inspect_tokens", "inspect_heads", "token_blends", "segmentation", "composites", "report_figures",
-    "report_sections", "report", "options", "cli", "companion",
-]  # fmt: skip
-LONGEST = 350
-MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+    "shapes",
+    "theory.mixture",
+    "theory.denoise",
+    "theory.em",
+    "theory.rate",
+    "theory.law",
+    "theory.integrators",
+    "theory.diffusion",
+    "model.attention",
+    "model.sparsify",
+    "model.patches",
+    "model.config",
+    "model.cost",
+    "model.layers",
+    "model.outputs",
+    "model.files",
+    "model.hub",
+    "model.saved",
+    "model.autoencoder",
+    "model.crate",
+    "model.fold",
+    "model.vit",
+    "model.build",
+    "data.sources",
+    "training.recipe",
+    "model.budget",
+    "training.expected",
+    "data.transforms",
+    "data.batches",
+    "data.named",
+    "data.streamed",
+    "evaluation.probe",
+    "evaluation.neighbours",
+    "training.yardsticks",
+    "records",
+    "training.run_directory",
+    "training.devices",
+    "training.progress",
+    "training.loop",
+    "training.pretrain",
+    "evaluation.finetune",
+    "evaluation.evaluate",
+    "model.export",
+    "inspection.measures",
+    "inspection.layer_measures",
+    "inspection.layers",
+    "inspection.readout",
+    "inspection.tokens",
+    "inspection.heads",
+    "inspection.token_blends",
+    "inspection.foreground",
+    "inspection.composites",
+    "inspection.figures",
+    "inspection.sections",
+    "inspection.page",
+    "options",
+    "cli",
+    "companion",
+]
+MODULES = sorted(
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+    for path in PACKAGE.rglob("*.py")
+    if path.stem != "__init__"
+)
+
+
+def module_path(module: str) -> Path:
+    """The file of a module, given by its name inside the package."""
+    return PACKAGE.joinpath(*module.split(".")).with_suffix(".py")
 
 
 def imported_modules(path: Path) -> set[str]:
@@ -34,29 +93,23 @@ def imported_modules(path: Path) -> set[str]:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf8"))):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path.name}: imports are absolute"
-            if node.module == "crate_core":
-                found |= {alias.name for alias in node.names}
-            elif node.module and node.module.startswith("crate_core."):
-                found.add(node.module.split(".")[1])
+            if node.module and node.module.split(".")[0] == "crate_core":
+                source = node.module.removeprefix("crate_core").removeprefix(".")
+                names = {f"{source}.{alias.name}".removeprefix(".") for alias in node.names}
+                found |= {source} if source in MODULES else names
         elif isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("crate_core.")}
+            found |= {
+                alias.name.removeprefix("crate_core.") for alias in node.names if alias.name.startswith("crate_core.")
+            }
             assert all(alias.name != "crate_core" for alias in node.names), f"{path.name}: imports its own package"
     return found
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_module_imports_only_from_above(module: str) -> None:
-    assert module in ORDER, f"{module}.py has no place in ORDER"
-    late = {name for name in imported_modules(PACKAGE / f"{module}.py") if ORDER.index(name) >= ORDER.index(module)}
+    assert module in ORDER, f"{module} has no place in ORDER"
+    late = {name for name in imported_modules(module_path(module)) if ORDER.index(name) >= ORDER.index(module)}
     assert not late, f"{module} imports {sorted(late)}, which come after it"
-
-
-@pytest.mark.parametrize(
-    "path", [*PACKAGE.glob("*.py"), *(ROOT / "book" / "_ext").glob("*.py")], ids=lambda path: path.name
-)
-def test_file_is_one_idea(path: Path) -> None:
-    lines = len(path.read_text(encoding="utf8").splitlines())
-    assert lines <= LONGEST, f"{path.name} has {lines} lines: its idea is two ideas"
 
 
 def explicit_reexports() -> dict[str, str]:
@@ -89,7 +142,19 @@ def test_init_only_reexports_explicitly() -> None:
     # Nothing else is in there: a docstring, two imports, tables, and the two functions of PEP 562.
     kinds = [type(node).__name__ for node in ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf8")).body]
     assert sorted(kinds) == sorted(
-        ["Expr", "ImportFrom", "ImportFrom", "If", "Assign", "Expr", "Assign", "Assign", "FunctionDef", "FunctionDef"]
+        [
+            "Expr",
+            "ImportFrom",
+            "ImportFrom",
+            "If",
+            "Assign",
+            "Expr",
+            "Assign",
+            "Assign",
+            "Assign",
+            "FunctionDef",
+            "FunctionDef",
+        ]
     )
 
 
@@ -100,7 +165,9 @@ def test_the_package_refuses_names_that_it_does_not_have() -> None:
         crate_core.CrateMEA  # noqa: B018  # reading it is the test
     with pytest.raises(ImportError, match="cannot import name 'CrateMEA'"):
         exec("from crate_core import CrateMEA")
-    assert crate_core.rate.coding_rate is crate_core.coding_rate  # a module of a re-exported name, not imported itself
+    assert (
+        crate_core.theory.rate.coding_rate is crate_core.coding_rate
+    )  # a module of a re-exported name, not imported itself
 
 
 def loaded_after(code: str, wanted: list[str]) -> list[str]:
@@ -119,7 +186,7 @@ def test_a_star_import_brings_all_names() -> None:
 @pytest.mark.parametrize("module", MODULES)
 def test_no_postponed_annotations(module: str) -> None:
     # Shape annotations are checked by their values, so they must be there when a function is defined.
-    assert "from __future__ import annotations" not in (PACKAGE / f"{module}.py").read_text(encoding="utf8")
+    assert "from __future__ import annotations" not in (module_path(module)).read_text(encoding="utf8")
 
 
 def test_import_is_light() -> None:

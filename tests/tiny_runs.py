@@ -3,9 +3,9 @@
 import os
 from pathlib import Path
 
-from crate_core.config import CrateMAEConfig
-from crate_core.recipes import PretrainConfig
-from crate_core.train import pretrain
+from crate_core.model.config import CrateMAEConfig
+from crate_core.training.pretrain import pretrain
+from crate_core.training.recipe import PretrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = CrateMAEConfig.preset("digits", dim=16, depth=1, heads=2)

@@ -6,7 +6,7 @@ evidence=..., holds=...)` with literal strings, or, where the check is a test of
     ```{tested-claim} clm-model-parity
     :conditions: float32, the same images and mask noise
     :kind: numerical
-    :test: tests/test_model.py::test_parity
+    :test: tests/model/test_crate.py::test_parity
     Loss and predictions agree with the reference to $10^{-5}$.
     ```
 

@@ -1,0 +1,291 @@
+r"""The stream of training batches as a function of (seed, step), and batches for evaluation.
+
+Training reads one endless row of epochs, each a permutation of the pictures,
+
+.. math:: q = tB + b, \qquad \text{epoch} = \lfloor q / n \rfloor, \qquad
+          \text{picture} = \pi_{\text{epoch}}(q \bmod n),
+
+for batch entry b of step t, batch size B and n pictures.  The permutation is a function of (seed, epoch), the
+augmentation of (seed, epoch, picture), the mask of (seed, step): no global random state, so that a run that
+was cut off goes on exactly, whatever the number of loader processes or devices.
+
+Book: :ref:`ch-first-training`.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from enum import IntEnum
+from functools import cached_property, lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from crate_core.data.sources import ImageSource, Picture, UnreadableImageError
+from crate_core.data.transforms import CROP_SCALE as CROP_SCALE
+from crate_core.data.transforms import Size, crop_flip, fit, mixed, raw_tensor
+from crate_core.data.transforms import augmented as augmented
+from crate_core.data.transforms import in_mode as in_mode
+from crate_core.data.transforms import prepare as prepare
+from crate_core.data.transforms import to_tensor as to_tensor
+from crate_core.shapes import PatchNoise
+from crate_core.training.recipe import Augmentation
+
+SUBSTITUTES = 100
+"""How many other pictures are tried in the place of one that cannot be read."""
+
+
+class Stream(IntEnum):
+    """What a random key is for; keeps the streams of one seed apart."""
+
+    SHUFFLE = 0
+    AUGMENT = 1
+    MASK = 2
+    SUBSTITUTE = 3
+    EVALUATION_MASK = 4
+
+
+def random_key(*numbers: int) -> int:
+    """A 63-bit seed from nonnegative integers, well mixed (numpy's ``SeedSequence``)."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def random_generator(*numbers: int) -> torch.Generator:
+    """A torch generator on the CPU seeded by :func:`random_key`."""
+    return torch.Generator().manual_seed(random_key(*numbers))
+
+
+@lru_cache(maxsize=8)
+def epoch_key(seed: int, epoch: int) -> int:
+    """What the augmentation of one epoch is drawn from."""
+    return random_key(seed, Stream.AUGMENT, epoch)
+
+
+def picture_key(seed: int, epoch: int, index: int) -> int:
+    """What the augmentation of one picture in one epoch is drawn from; :func:`random_key` would cost a tenth of
+    reading a small picture.
+    """
+    return mixed(epoch_key(seed, epoch) ^ mixed(index))
+
+
+def mask_noise(seed: int, step: int, batch_size: int, length: int, stream: Stream = Stream.MASK) -> PatchNoise:
+    """Uniform noise (batch_size, length) in [0, 1) that fixes the masks of one step: a function of (seed,
+    step).
+    """
+    return torch.rand(batch_size, length, generator=random_generator(seed, stream, step))
+
+
+class EpochOrder:
+    """Where position q of the endless stream points: (epoch, picture), with one permutation per (seed,
+    epoch).
+    """
+
+    def __init__(self, count: int, seed: int) -> None:
+        self.count, self.seed = count, seed
+        self._epoch, self._permutation = -1, np.empty(0, dtype=np.int64)
+
+    def __getitem__(self, position: int) -> tuple[int, int]:
+        epoch, place = divmod(position, self.count)
+        if epoch != self._epoch:
+            generator = random_generator(self.seed, Stream.SHUFFLE, epoch)
+            self._epoch, self._permutation = epoch, torch.randperm(self.count, generator=generator).numpy()
+        return epoch, int(self._permutation[place])
+
+
+class StepBatches(Sampler[list[tuple[int, int]]]):
+    """For each step from ``start`` to ``stop``, this process's share of the global batch as (epoch, picture)
+    pairs.
+
+    Parameters
+    ----------
+    count : number of pictures.
+    batch_size : global batch size, all processes together; a multiple of ``processes``.
+    seed : of the run.
+    start, stop : first step, and the step after the last.
+    process, processes : which slice of each batch.
+
+    Raises
+    ------
+    ValueError
+        If the batch size is not a multiple of the number of processes.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        batch_size: int,
+        seed: int,
+        start: int,
+        stop: int,
+        process: int = 0,
+        processes: int = 1,
+    ) -> None:
+        if batch_size % processes:
+            raise ValueError(f"batch_size={batch_size} must be a multiple of the number of processes, {processes}")
+        self.order, self.batch_size = EpochOrder(count, seed), batch_size
+        self.start, self.stop = start, stop
+        self.rows = local_rows(batch_size, process, processes)
+
+    def __len__(self) -> int:
+        return max(0, self.stop - self.start)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for step in range(self.start, self.stop):
+            first = step * self.batch_size
+            yield [self.order[first + row] for row in range(self.rows.start, self.rows.stop)]
+
+
+def local_rows(batch_size: int, process: int, processes: int) -> slice:
+    """Rows of the global batch that one process works on."""
+    share = batch_size // processes
+    return slice(process * share, (process + 1) * share)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """``images`` (b, C, H, W), ``indices`` (b,) of the pictures, and (index, message) of unreadable ones.
+
+    Images are bytes where the pictures are (a quarter of what floats would move between processes and to a GPU), else
+    floats in [0, 1]; ``model.standardize`` takes both, to the same numbers.
+    ``complete`` is false if a picture and all its substitutes were unreadable; its row is zero then.
+    """
+
+    images: Tensor
+    indices: Tensor
+    unreadable: tuple[tuple[int, str], ...]
+    complete: bool = True
+
+    def pin_memory(self) -> "Batch":
+        """The batch in page-locked memory, from where a GPU copies faster; the loader calls it."""
+        return replace(self, images=self.images.pin_memory())
+
+
+class TrainingPictures(Dataset[Batch]):
+    """Batches of training pictures, asked for by lists of (epoch, picture) from :class:`StepBatches`.
+
+    A picture that cannot be read is replaced by another, drawn as a function of (seed, picture), and reported
+    in ``Batch.unreadable``.
+    """
+
+    def __init__(self, source: ImageSource, size: Size, channels: int, augmentation: Augmentation, seed: int) -> None:
+        self.source, self.size, self.channels = source, size, channels
+        self.augmentation, self.seed = augmentation, seed
+
+    def __getitems__(self, items: list[tuple[int, int]]) -> Batch:
+        images, indices, unreadable, missing = [], [], [], []
+        for row, (epoch, wanted) in enumerate(items):
+            for index in self.candidates(wanted):
+                try:
+                    picture = self.source.read(index)
+                except UnreadableImageError as error:
+                    unreadable.append((index, str(error)))
+                    continue
+                images.append(self.transform(picture, epoch, index))
+                indices.append(index)
+                break
+            else:
+                missing.append(row)
+        for row in missing:
+            images.insert(row, torch.zeros_like(images[0]) if images else torch.zeros(self.channels, *self.size))
+            indices.insert(row, items[row][1])
+        return Batch(torch.stack(images), torch.tensor(indices), tuple(unreadable), not missing)
+
+    def candidates(self, wanted: int) -> Iterator[int]:
+        """The wanted picture, then its substitutes."""
+        yield wanted
+        generator = random_generator(self.seed, Stream.SUBSTITUTE, wanted)
+        yield from torch.randint(len(self.source), (SUBSTITUTES,), generator=generator).tolist()
+
+    def transform(self, picture: Picture, epoch: int, index: int) -> Tensor:
+        """The picture (C, H, W) as epoch ``epoch`` sees it."""
+        picture = in_mode(picture, self.channels)
+        if self.augmentation == "none":
+            shown = fit(picture, self.size)
+        else:
+            shown = crop_flip(picture, self.size, picture_key(self.seed, epoch, index))
+        pixels = raw_tensor(shown, self.channels)
+        return pixels if pixels.dtype == torch.uint8 else pixels.clamp(0, 1)
+
+
+class HeldOutPictures(Dataset[Batch]):
+    """Batches of pictures as evaluation sees them, in order; unreadable ones are left out and reported."""
+
+    def __init__(self, source: ImageSource, size: Size, channels: int) -> None:
+        self.source, self.size, self.channels = source, size, channels
+
+    @cached_property
+    def empty(self) -> Tensor:
+        return torch.zeros(0, self.channels, *self.size)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitems__(self, items: list[int]) -> Batch:
+        images, indices, unreadable = [], [], []
+        for index in items:
+            try:
+                images.append(prepare(self.source.read(index), self.size, self.channels))
+                indices.append(index)
+            except UnreadableImageError as error:
+                unreadable.append((index, str(error)))
+        stacked = torch.stack(images) if images else self.empty
+        return Batch(stacked, torch.tensor(indices, dtype=torch.int64), tuple(unreadable))
+
+
+def as_is(batch: Any) -> Any:
+    """Collation for datasets that return whole batches."""
+    return batch
+
+
+def loader(dataset: Dataset[Batch], batches: Iterable[list[Any]], workers: int, pin: bool = False) -> DataLoader:
+    """A ``DataLoader`` over whole batches; the batches do not depend on ``workers``."""
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=as_is,
+        pin_memory=pin,
+        generator=torch.Generator(),  # the loader draws a seed for its workers; not from the global state
+        persistent_workers=False,
+    )
+
+
+def evaluation_batches(
+    source: ImageSource, size: Size, channels: int, batch_size: int = 256, workers: int = 0
+) -> Iterator[Batch]:
+    """All pictures of a source in order, as :func:`prepare` leaves them, in batches of at most
+    ``batch_size``.
+    """
+    rows = [list(range(i, min(i + batch_size, len(source)))) for i in range(0, len(source), batch_size)]
+    yield from loader(HeldOutPictures(source, size, channels), rows, workers)
+
+
+@dataclass
+class UnreadableCount:
+    """Distinct unreadable pictures met so far, by index, and the share above which a run stops."""
+
+    total: int
+    limit: float
+    met: dict[int, str]
+
+    def add(self, batch: Batch, report: Callable[[str], None]) -> None:
+        """Count a batch's unreadable pictures, naming each new one through ``report``.
+
+        Raises
+        ------
+        ValueError
+            If more than ``limit`` of all pictures proved unreadable, or no substitute was found for one.
+        """
+        for index, message in batch.unreadable:
+            if index not in self.met:
+                self.met[index] = message
+                report(f"skipped an unreadable picture ({len(self.met)} so far): {message}")
+        share = len(self.met) / self.total
+        if share > self.limit or not batch.complete:
+            last = list(self.met.values())[-1]
+            raise ValueError(
+                f"{len(self.met)} of {self.total} training pictures ({share:.1%}) cannot be read; the run stops above "
+                f"{self.limit:.1%} (max_unreadable). The last one: {last}"
+            )

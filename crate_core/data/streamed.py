@@ -1,0 +1,238 @@
+r"""Hugging Face datasets read as they come (``streaming=True``), for what fits neither in memory nor on the disk.
+
+A stream has no random access, so an epoch is the data's own order through a shuffle buffer of ``BUFFER`` rows:
+
+.. math:: q = tB + b, \qquad \text{epoch} = \lfloor q / n \rfloor, \qquad
+          \text{row} = \mathrm{shuffled}_{(\text{seed},\,\text{epoch})}\big(q \bmod n\big),
+
+files in random order, rows mixed over a buffer's length.  What that means:
+
+* Batches are a function of (seed, step), whatever the number of loader processes, as for other data.  A process of
+  several decodes its share, and reads all of it.
+* A run that is continued skips the rows of its epoch that were used already: exact, and as slow as reading them.
+* Rows that lie far apart in a file are never in one batch: data sorted by class should be shuffled when written.
+* Labels are not read.  Where the data has no part of its own for it, the first rows are held out.
+
+Book: :ref:`ch-pretraining`.
+"""
+
+import io
+import itertools
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler
+
+from crate_core.data.batches import Batch, Stream, TrainingPictures, local_rows, random_key
+from crate_core.data.named import image_column, parquet_parts
+from crate_core.data.sources import ImageData, ImageSource, Picture, open_picture
+
+BUFFER = 10_000
+"""Rows of the shuffle buffer."""
+
+KEPT_ROWS = 2048
+"""Rows that are kept in memory to be held out, and of the training part for the yardsticks."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A picture as it comes: the file's bytes and a number made from them, the same in every epoch."""
+
+    data: bytes
+    index: int
+
+
+def encoded(cell: Any) -> Row:
+    """A cell of an image column as a row; one without bytes is read from its path, or empty."""
+    data: bytes = b""
+    if cell is not None and cell["bytes"] is not None:
+        data = cell["bytes"]
+    elif cell is not None and cell["path"] is not None and Path(cell["path"]).is_file():
+        data = Path(cell["path"]).read_bytes()
+    return Row(data, zlib.crc32(data))
+
+
+@dataclass(eq=False)
+class EncodedImages(ImageSource):
+    """Pictures in memory, as the bytes of their files."""
+
+    rows: list[Row]
+    origin: str
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def name(self, index: int) -> str:
+        return f"{self.origin} row {index}"
+
+    def decode(self, index: int) -> Picture:
+        return open_picture(io.BytesIO(self.rows[index].data))
+
+
+@dataclass(eq=False)
+class StreamedImages(ImageSource):
+    """Pictures in the order of a stream, ``count`` an epoch; ``first`` are those that can be looked at by number."""
+
+    table: Any
+    column: str
+    count: int
+    first: EncodedImages
+    buffer: int = BUFFER
+
+    def __len__(self) -> int:
+        return self.count
+
+    def name(self, index: int) -> str:
+        return f"{self.first.origin} row {index}"
+
+    def decode(self, index: int) -> Picture:
+        # Yardsticks look at pictures spread over a source; of a stream they get its first ones.
+        return self.first.decode(index * len(self.first) // self.count)
+
+    def epoch(self, seed: int, epoch: int) -> Iterator[Row]:
+        """All rows of one epoch, shuffled as a function of (seed, epoch)."""
+        key = random_key(seed, Stream.SHUFFLE, epoch) % 2**32
+        return (encoded(row[self.column]) for row in self.table.shuffle(seed=key, buffer_size=self.buffer))
+
+
+class StreamedBatches(Sampler[list[tuple[int, Row]]]):
+    """For each step from ``start`` to ``stop``, this process's share of the global batch as (epoch, row) pairs.
+
+    Parameters and errors as those of :class:`crate_core.data.batches.StepBatches`, with the source in place of the count.
+    """
+
+    def __init__(
+        self,
+        source: StreamedImages,
+        batch_size: int,
+        seed: int,
+        start: int,
+        stop: int,
+        process: int = 0,
+        processes: int = 1,
+    ) -> None:
+        if batch_size % processes:
+            raise ValueError(f"batch_size={batch_size} must be a multiple of the number of processes, {processes}")
+        self.source, self.batch_size, self.seed = source, batch_size, seed
+        self.start, self.stop = start, stop
+        self.rows = local_rows(batch_size, process, processes)
+
+    def __len__(self) -> int:
+        return max(0, self.stop - self.start)
+
+    def endless(self) -> Iterator[tuple[int, Row]]:
+        """The rows from the first one of step ``start`` on, epoch after epoch."""
+        first, skipped = divmod(self.start * self.batch_size, len(self.source))
+        for epoch in itertools.count(first):
+            rows = itertools.islice(self.source.epoch(self.seed, epoch), skipped if epoch == first else 0, None)
+            yield from ((epoch, row) for row in rows)
+
+    def __iter__(self) -> Iterator[list[tuple[int, Row]]]:
+        rows = self.endless()
+        for _ in range(len(self)):
+            batch = list(itertools.islice(rows, self.batch_size))
+            yield batch[self.rows]
+
+
+class OneBatch(TrainingPictures):
+    """The pictures of one streamed batch; a picture that cannot be read is replaced by another of them."""
+
+    def __init__(self, rows: list[Row], like: TrainingPictures) -> None:
+        source = EncodedImages(rows, like.source.name(0).removesuffix(" row 0"))
+        super().__init__(source, like.size, like.channels, like.augmentation, like.seed)
+        self.rows = rows
+
+    def transform(self, picture: Picture, epoch: int, index: int) -> Tensor:
+        """The picture (C, H, W) as epoch ``epoch`` sees it, whatever its place in the batch."""
+        return super().transform(picture, epoch, self.rows[index].index)
+
+
+class StreamedPictures(TrainingPictures):
+    """Batches of streamed pictures, asked for by lists of (epoch, row) from :class:`StreamedBatches`.
+
+    The main process reads, the loader's processes decode.
+    """
+
+    def __getitems__(self, items: list[tuple[int, Row]]) -> Batch:  # type: ignore[override]
+        rows = [row for _, row in items]
+        batch = OneBatch(rows, self).__getitems__([(epoch, place) for place, (epoch, _) in enumerate(items)])
+        indices = torch.tensor([rows[place].index for place in batch.indices.tolist()])
+        unreadable = tuple((rows[place].index, message) for place, message in batch.unreadable)
+        return Batch(batch.images, indices, unreadable, batch.complete)
+
+
+def parts(location: str) -> tuple[dict[str, Any], dict[str, int | None]]:
+    """Streams by part ("train", "test", ...) and the number of rows of each, ``None`` where it is not known."""
+    import datasets
+
+    path = Path(location).expanduser()
+    if path.exists():
+        import pyarrow
+        import pyarrow.parquet
+
+        train_files, held_out_files = parquet_parts(path)
+        files = {"train": train_files, **({"test": held_out_files} if held_out_files else {})}
+        try:
+            counts = {name: sum(pyarrow.parquet.read_metadata(f).num_rows for f in of) for name, of in files.items()}
+        except pyarrow.ArrowInvalid as error:
+            raise ValueError(f"hf:{location} is not readable parquet: {error}") from error
+        return datasets.load_dataset("parquet", data_files=files, streaming=True), dict(counts)
+    if path.suffix == ".parquet" or path.is_absolute():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        tables = datasets.load_dataset(location, streaming=True)
+    except (OSError, datasets.exceptions.DatasetNotFoundError) as error:
+        raise FileNotFoundError(f"hf:{location} is neither a file here nor a dataset the Hub gave: {error}") from error
+    known = {name: (table.info.splits or {}).get(name) for name, table in tables.items()}
+    return tables, {name: None if split is None else split.num_examples or None for name, split in known.items()}
+
+
+def stream_data(location: str) -> ImageData:
+    """A dataset in the Hugging Face image schema as a stream: parquet files here, or a name on the Hub.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file and the Hub does not give a dataset of that name.
+    ValueError
+        If the table has no image column, or the number of its rows is not known.
+
+    Book: :ref:`ch-pretraining`.
+    """
+    import datasets
+
+    origin = f"hf:{location}"
+    tables, counts = parts(location)
+    train_name = "train" if "train" in tables else next(iter(tables))
+    count = counts[train_name]
+    if count is None:
+        raise ValueError(f"{origin} does not say how many rows {train_name} has; read it without streaming")
+    held_out_name = next((name for name in ("validation", "val", "test") if name in tables), None)
+    other_name = held_out_name if held_out_name not in (None, train_name) else None
+    table = tables[train_name]
+    features = table.features or table._resolve_features().features
+    column = image_column(features, origin)
+
+    def kept(stream: Any, rows: int) -> EncodedImages:
+        return EncodedImages([encoded(row[column]) for row in stream.take(rows)], origin)
+
+    table, other = (
+        part.cast_column(column, datasets.Image(decode=False))
+        for part in (table, table if other_name is None else tables[other_name])
+    )
+    rows = min(KEPT_ROWS, count // 10) if other_name is None else KEPT_ROWS
+    if rows < 1:
+        raise ValueError(f"{origin}: a held-out part needs at least ten rows, got {count}")
+    held_out = kept(other, rows)
+    if other_name is None:
+        table, count = table.skip(rows), count - rows
+    train = StreamedImages(table, column, count, kept(table, KEPT_ROWS))
+    description = (
+        f"{origin}: {count:,} to train on (streamed), {len(held_out):,} held out ({other_name or 'the first rows'})"
+    )
+    return ImageData(train, held_out, (), description)

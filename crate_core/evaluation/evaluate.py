@@ -1,0 +1,204 @@
+r"""Evaluation of a checkpoint: probes, neighbours, fine-tuning, each beside its controls, and reconstruction.
+
+Book: :ref:`ch-evaluation`.
+"""
+
+import copy
+import json
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from crate_core.data.named import open_data
+from crate_core.data.sources import ImageData
+from crate_core.evaluation.finetune import FinetuneConfig, finetune
+from crate_core.evaluation.neighbours import NEIGHBOURS, neighbour_judge
+from crate_core.evaluation.probe import Judge, Score, check_labels, judge_features, probe_judges, untrained
+from crate_core.model.autoencoder import MaskedAutoencoder
+from crate_core.model.build import load_model
+from crate_core.training.run_directory import RUN_FILE, device_name, provenance, write_json
+from crate_core.training.yardsticks import reconstruction_by_ratio, some_pictures
+
+EVALUATION_FILE = "evaluation.json"
+
+
+def run_data(checkpoint: str | Path) -> tuple[str, str]:
+    """The data a checkpoint was trained on and its root, from ``run.json`` beside it.
+
+    Raises ``ValueError`` if there is no such record.
+    """
+    record = Path(checkpoint) / RUN_FILE
+    if not record.is_file():
+        raise ValueError(f"{checkpoint} has no {RUN_FILE} that says what it was trained on: give --data")
+    config = json.loads(record.read_text())["config"]
+    return config["data"], config["data_root"]
+
+
+def evaluate(
+    checkpoint: str | Path,
+    data: str | None = None,
+    seeds: int = 5,
+    labels_per_class: int = 5,
+    mask_ratios: Sequence[float] = (0.25, 0.5, 0.75, 0.875),
+    probe: bool = True,
+    neighbours: bool = True,
+    fine_tuning: FinetuneConfig | None = None,
+    device: str = "cpu",
+    workers: int = 0,
+    command: str = "crate_core.evaluation.evaluate.evaluate",
+) -> dict[str, Any]:
+    """Evaluate a checkpoint beside its controls: an untrained network, and pixels.
+
+    Parameters
+    ----------
+    checkpoint : directory, bundled name or Hub id, as :func:`crate_core.model.build.load_model` takes.
+    data : as :func:`crate_core.data.named.open_data` takes; what the checkpoint was trained on unless given.
+    seeds : how many seeds, at least 1.
+    labels_per_class : for the probes' second column, see :func:`crate_core.evaluation.probe.linear_probes`.
+    mask_ratios : where reconstruction is measured, see :func:`crate_core.training.yardsticks.reconstruction_by_ratio`; none
+        leaves it out.
+    probe, neighbours : fit linear probes, and let nearest neighbours vote; both need labels.
+    fine_tuning : also fine-tune the model, and the same network from scratch, once for each seed; ``None`` does not.
+    device, workers : where and with how many reading processes.
+    command : what to record as the command.
+
+    Returns
+    -------
+    A record ready for JSON: ``linear_probe``, ``neighbours`` ({row: {column: mean, std, accuracies}}), ``fine_tuning``
+    and ``reconstruction``, each ``None`` or empty where it was left out or there are no labels; counts, ``seconds`` of
+    each part, and provenance.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        If checkpoint or data are not there or cannot be used, or fine-tuning is asked for without labels.
+
+    Book: :ref:`ch-evaluation`.
+    """
+    if seeds < 1:
+        raise ValueError(f"seeds={seeds}: at least 1 is needed")
+    model = load_model(checkpoint).to(device)
+    spec, root = (data, "data") if data is not None else run_data(checkpoint)
+    pictures = open_data(spec, root)
+    labelled = pictures.train.labels is not None
+    if labelled:
+        check_labels(pictures, labels_per_class)
+    elif fine_tuning is not None:
+        raise ValueError("fine-tuning needs labels (class folders, or a label column); these pictures have none")
+
+    clock = Stopwatch()
+    judges: dict[str, Judge] = probe_judges(labels_per_class) if probe else {}
+    if neighbours:
+        judges[f"{NEIGHBOURS} neighbours"] = neighbour_judge
+    judged = judge_features(model, pictures, range(seeds), judges, workers) if labelled and judges else {}
+    clock.lap("features, probes and neighbours")
+    tuned = None if fine_tuning is None else compare_fine_tuning(model, pictures, fine_tuning, range(seeds))
+    clock.lap("fine-tuning")
+    mean_picture = some_pictures(pictures.train, model.config).mean(dim=0)
+    held_out = some_pictures(pictures.held_out, model.config)
+    by_ratio = reconstruction_by_ratio(model, held_out, mean_picture, mask_ratios)
+    clock.lap("reconstruction")
+    return {
+        "data": spec,
+        "description": pictures.description,
+        "train": len(pictures.train),
+        "held_out": len(pictures.held_out),
+        "classes": len(pictures.classes),
+        "seeds": list(range(seeds)),
+        "linear_probe": columns_of(judged, probe_judges(labels_per_class).keys()),
+        "neighbours": columns_of(judged, {f"{NEIGHBOURS} neighbours"}),
+        "fine_tuning": tuned,
+        "reconstruction": [asdict(score) for score in by_ratio],
+        "seconds": clock.laps,
+        **provenance(command, device_name(torch.device(device))),
+    }
+
+
+class Stopwatch:
+    """Seconds of parts, one after another."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self.last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """Give the time since the last lap to ``name``."""
+        now = time.perf_counter()
+        self.laps[name], self.last = round(now - self.last, 2), now
+
+
+def columns_of(judged: Mapping[str, Mapping[str, Score]], names: Collection[str]) -> dict[str, Any] | None:
+    """Some columns of a table of scores, ready for JSON; ``None`` if none of them is there."""
+    chosen = {row: {c: score.to_dict() for c, score in by.items() if c in names} for row, by in judged.items()}
+    return chosen if any(chosen.values()) else None
+
+
+def compare_fine_tuning(
+    model: MaskedAutoencoder, data: ImageData, config: FinetuneConfig, seeds: Sequence[int]
+) -> dict[str, Any]:
+    """Held-out accuracy after fine-tuning, and after the same training from scratch, once for each seed.
+
+    From scratch all layers learn at the same rate, whatever ``config.layer_decay``.  ``model`` is left as it is.
+
+    Returns
+    -------
+    {"scores": {"pretrained", "from scratch"}, "config"}, ready for JSON.
+
+    Book: :ref:`ch-evaluation`.
+    """
+    device = next(model.parameters()).device
+    accuracies: dict[str, list[float]] = {"pretrained": [], "from scratch": []}
+    for seed in seeds:
+        own = replace(config, seed=seed)
+        accuracies["pretrained"].append(finetune(copy.deepcopy(model), data, own).accuracy)
+        fresh = untrained(model.config, seed).to(device)
+        accuracies["from scratch"].append(finetune(fresh, data, replace(own, layer_decay=1.0)).accuracy)
+    return {"scores": {row: Score(tuple(a)).to_dict() for row, a in accuracies.items()}, "config": asdict(config)}
+
+
+def table(record: dict[str, Any]) -> list[str]:
+    """The record of :func:`evaluate` in lines of text."""
+    lines = [record["description"]]
+    over = f"accuracy in % on {record['held_out']:,} held-out pictures, mean and standard deviation over "
+    over += f"{len(record['seeds'])} seeds"
+    rows: dict[str, dict[str, Any]] = {}
+    for part in ("linear_probe", "neighbours"):
+        for row, columns in (record[part] or {}).items():
+            rows.setdefault(row, {}).update(columns)
+    tuned = record["fine_tuning"]
+    if rows:
+        lines += [f"linear probes and nearest neighbours, {over}", *score_lines(rows)]
+    else:
+        lines.append("linear probes and nearest neighbours: left out, or no labels")
+    if tuned is not None:
+        rows = {row: {"fine-tuned": score} for row, score in tuned["scores"].items()}
+        lines += [f"after {tuned['config']['epochs']:g} epochs with labels, {over}", *score_lines(rows)]
+    if record["reconstruction"]:
+        lines.append("reconstruction of removed patches by masking ratio")
+        lines.append(f"  {'masking ratio':28}{'loss':>10}{'PSNR, dB':>12}{'of the mean picture':>24}")
+    for score in record["reconstruction"]:
+        lines.append(
+            f"  {score['mask_ratio']:<28g}{score['loss']:>10.4f}"
+            f"{score['psnr']:>12.2f}{score['mean_picture_psnr']:>24.2f}"
+        )
+    lines.append("seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in record["seconds"].items()))
+    return lines
+
+
+def score_lines(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Rows of scores as lines under a head of column names."""
+    columns = list(next(iter(rows.values())))
+    lines = [f"  {'':28}" + "".join(f"{column:>22}" for column in columns)]
+    for row, by in rows.items():
+        cells = [f"{100 * by[column]['mean']:.1f} ± {100 * by[column]['std']:.1f}" for column in columns]
+        lines.append(f"  {row:28}" + "".join(f"{cell:>22}" for cell in cells))
+    return lines
+
+
+def save_evaluation(record: dict[str, Any], path: str | Path) -> None:
+    """Write the record as JSON, whole or not at all."""
+    write_json(Path(path), record)

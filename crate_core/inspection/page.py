@@ -1,0 +1,194 @@
+r"""``crate inspect``: what the layers, tokens and heads of a saved model do, as one self-contained HTML page.
+
+Everything stands beside the same network untrained, from several seeds.  The page holds no script and asks for nothing:
+pictures are inside it.
+
+Book: :ref:`ch-layer-by-layer`, :ref:`ch-tokens`, :ref:`ch-heads`.
+"""
+
+import html
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from crate_core.data.named import open_data
+from crate_core.data.sources import ArrayImages, FileImages, digits
+from crate_core.evaluation.probe import untrained
+from crate_core.inspection import figures as figures
+from crate_core.inspection.layers import inspect_layers, inspect_weights
+from crate_core.inspection.sections import SHOWN, Section, layer_sections, picture_sections, readout_sections
+from crate_core.model.autoencoder import MaskedAutoencoder
+from crate_core.model.config import FrameConfig
+from crate_core.model.files import atomic_write
+from crate_core.records import device_name, provenance
+from crate_core.shapes import Images
+from crate_core.training.recipe import image_size
+from crate_core.training.yardsticks import some_pictures
+
+STYLE = """
+:root { color-scheme: light dark; }
+body { font: 16px/1.55 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { line-height: 1.2; } h2 { margin-top: 2.2rem; }
+img { max-width: 100%; height: auto; background: white; border-radius: 4px; }
+table { border-collapse: collapse; font-size: .85rem; } .wide { overflow-x: auto; }
+th, td { padding: .2rem .6rem; text-align: right; border-bottom: 1px solid rgba(128, 128, 128, .4); }
+th:first-child, td:first-child { text-align: left; }
+figure { margin: 1rem 0; } figcaption { font-size: .9rem; }
+summary { cursor: pointer; }
+"""
+
+
+def shipped_pictures(config: FrameConfig, count: int = 32) -> Images:
+    """Pictures (B, C, H, W) in [0, 1] that need no download and fit a model: held-out digits for one channel, squares
+    cut from the two photographs that scikit-learn ships for three.
+
+    Raises ``ValueError`` for another number of channels.  Book: :ref:`ch-layer-by-layer`.
+    """
+    if config.channels == 1:
+        return some_pictures(digits().held_out, config, count)
+    if config.channels != 3:
+        raise ValueError(f"no pictures of {config.channels} channels are at hand: give some with --images or --data")
+    from sklearn.datasets import load_sample_images
+
+    photographs = [torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 for image in load_sample_images().images]
+    height = photographs[0].shape[1]
+    side = height // max(1, min(4, round(height / max(image_size(config)))))
+    squares = [photo.unfold(1, side, side).unfold(2, side, side).flatten(1, 2).movedim(1, 0) for photo in photographs]
+    return some_pictures(ArrayImages(torch.cat(squares)), config, count)
+
+
+def render(title: str, facts: Sequence[tuple[str, str]], thumbnails: str, sections: Sequence[Section]) -> str:
+    """The page."""
+
+    def table(rows: tuple[tuple[str, np.ndarray], ...]) -> str:
+        if not rows:
+            return ""
+        body = "".join(
+            f"<tr><td>{html.escape(name)}</td>{''.join(f'<td>{value:.3g}</td>' for value in values)}</tr>"
+            for name, values in rows
+        )
+        return (
+            f"<details><summary>Numbers, layer by layer</summary><div class=wide><table>{body}</table></div></details>"
+        )
+
+    parts = [
+        f"<section><h2>{html.escape(s.title)}</h2><p>{html.escape(s.how)}</p>"
+        f'<figure><img src="{s.figure}" alt="{html.escape(s.alt)}">'
+        f"<figcaption>{html.escape(s.found)}</figcaption></figure>{table(s.rows)}</section>"
+        for s in sections
+    ]
+    listed = "".join(f"<tr><td>{html.escape(name)}</td><td>{html.escape(value)}</td></tr>" for name, value in facts)
+    return (
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
+        f'content="width=device-width, initial-scale=1"><title>{html.escape(title)}</title>'
+        f"<style>{STYLE}</style></head><body><main><h1>{html.escape(title)}</h1>"
+        "<p>Blue with circles is this model, with the spread over pictures. Grey with triangles is the same network "
+        "<em>untrained</em>, with the range over seeds: what does not differ from it was not learned.</p>"
+        f"<div class=wide><table>{listed}</table></div>"
+        f'<figure><img src="{thumbnails}" alt="Some of the pictures that were measured on"></figure>'
+        f"{''.join(parts)}</main></body></html>\n"
+    )
+
+
+def inspection_report(
+    model: MaskedAutoencoder,
+    images: Images,
+    name: str,
+    facts: Sequence[tuple[str, str]] = (),
+    *,
+    eps: float = 0.5,
+    seeds: Sequence[int] = (0, 1, 2),
+) -> str:
+    """The report on a model as HTML: layers, tokens and heads on pictures, beside the same network untrained.
+
+    Parameters
+    ----------
+    model : of either architecture, on its device.
+    images : (B, C, H, W) in [0, 1], of the model's size.
+    name : what to call the model.
+    facts : more rows of the table at the top.
+    eps : see :func:`crate_core.inspection.layers.inspect_layers`.
+    seeds : of the untrained controls, at least one.
+
+    Raises
+    ------
+    ValueError
+        If there is no picture or no seed, or pictures and model do not fit.
+
+    Book: :ref:`ch-layer-by-layer`.
+    """
+    if not seeds:
+        raise ValueError("at least one seed of an untrained control is needed")
+    device = next(model.parameters()).device
+    controls = [untrained(model.config, seed).to(device) for seed in seeds]
+    found, *others = (inspect_layers(network, images, eps=eps) for network in (model, *controls))
+    sections = layer_sections(found, others, inspect_weights(model), [inspect_weights(control) for control in controls])
+    config: Any = model.config
+    described: list[tuple[str, str]] = [
+        ("model", f"{config.model_type}, {sum(p.numel() for p in model.parameters()):,} parameters"),
+        ("layers, width, heads", f"{config.depth}, {config.dim}, {config.heads}"),
+        ("pictures", f"{len(images)} of {images.shape[2]} x {images.shape[3]} pixels, {images.shape[1]} channels"),
+        ("eps", f"{eps:g} of the tokens' norm"),
+        ("untrained controls", f"{len(seeds)} seeds"),
+        *facts,
+    ]
+    thumbnails = figures.picture_rows([("", images[: 2 * SHOWN])])
+    return render(
+        f"Inside {name}",
+        described,
+        thumbnails,
+        [*sections, *readout_sections(model, controls, images), *picture_sections(model, controls[0], images)],
+    )
+
+
+def inspect_checkpoint(
+    model: MaskedAutoencoder,
+    name: str,
+    files: Sequence[str] = (),
+    data: str | None = None,
+    count: int = 32,
+    eps: float = 0.5,
+    seeds: int = 3,
+    command: str = "crate_core.inspection.page.inspect_checkpoint",
+) -> str:
+    """What ``crate inspect`` writes: :func:`inspection_report` on files, on held-out pictures of ``data``, or on
+    pictures that are shipped.
+
+    Raises
+    ------
+    FileNotFoundError
+        If a file or the data are not there.
+    ValueError
+        If a file or the data cannot be used, or a number is out of range.
+    """
+    for field, value in (("count", count), ("seeds", seeds)):
+        if value < 1:
+            raise ValueError(f"{field}={value}: at least 1 is needed")
+    if files:
+        missing = [file for file in files if not Path(file).is_file()]
+        if missing:
+            raise FileNotFoundError(f"there is no file {missing[0]}")
+        source = FileImages([Path(file) for file in files])
+        images, origin = some_pictures(source, model.config, len(source)), "files"
+        if len(images) < len(source):
+            origin = f"files; {len(source) - len(images)} of {len(source)} could not be read"
+    elif data is not None:
+        opened = open_data(data)
+        images, origin = some_pictures(opened.held_out, model.config, count), f"held out: {opened.description}"
+    else:
+        images = shipped_pictures(model.config, count)
+        origin = "scikit-learn's digits, held out" if model.config.channels == 1 else "scikit-learn's photographs, cut"
+    record = provenance(command, device_name(next(model.parameters()).device))
+    facts = [
+        ("origin of the pictures", origin),
+        *((key, record[key]) for key in ("command", "commit", "device", "time")),
+    ]
+    return inspection_report(model, images, name, facts, eps=eps, seeds=range(seeds))
+
+
+def write_report(path: str | Path, page: str) -> None:
+    """Write the page, whole or not at all; ``OSError`` if it cannot be written."""
+    atomic_write(Path(path), page.encode())

@@ -1,0 +1,42 @@
+r"""A model of either architecture: CRATE-MAE, or the ViT-MAE it is compared with.
+
+Book: :ref:`ch-comparison`.
+"""
+
+from pathlib import Path
+
+from crate_core.model.autoencoder import MaskedAutoencoder
+from crate_core.model.config import CrateMAEConfig, FrameConfig, config_from_dict
+from crate_core.model.crate import CrateMAE
+from crate_core.model.files import read_config
+from crate_core.model.hub import resolve_directory
+
+
+def architecture(config: FrameConfig) -> type[MaskedAutoencoder]:
+    """The class of the models that a configuration describes."""
+    if isinstance(config, CrateMAEConfig):
+        return CrateMAE
+    from crate_core.model.vit import ViTMAE  # timm is loaded only for the baseline
+
+    return ViTMAE
+
+
+def build_model(config: FrameConfig) -> MaskedAutoencoder:
+    """A freshly initialised model of the architecture that the configuration is of."""
+    return architecture(config).from_config(config)
+
+
+def load_model(name: str | Path) -> MaskedAutoencoder:
+    """A saved model of either architecture, from a directory, a bundled name or a Hugging Face Hub id.
+
+    Raises
+    ------
+    FileNotFoundError
+        If it is none of these, or a file is missing.
+    ValueError
+        If the directory holds another architecture or the weights do not fit the configuration.
+
+    Book: :ref:`ch-comparison`.
+    """
+    directory = resolve_directory(name)
+    return architecture(config_from_dict(read_config(directory))).from_pretrained(directory)

@@ -1,0 +1,148 @@
+r"""What a CRATE-MAE costs, from its formulas: operations, numbers kept for the backward pass, bytes moved.
+
+Counts are of multiplications and additions in matrix products (an m x k by k x n product has 2 m k n), which is what
+:func:`operation_counter` counts; element-wise work is counted in bytes.
+
+Book: :ref:`ch-cost`.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from crate_core.model.config import CrateMAEConfig
+
+OperationCounts = dict[str, int]
+"""Operations by part of the model."""
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Operations of one step, ``forward`` and ``backward``, by part."""
+
+    forward: OperationCounts
+    backward: OperationCounts
+    recomputed: int
+    """Those of the backward pass that repeat a product of the forward pass instead of storing it."""
+
+    @property
+    def total(self) -> int:
+        """All operations of the step."""
+        return sum(self.forward.values()) + sum(self.backward.values())
+
+    @property
+    def needed(self) -> int:
+        """All but the recomputed ones: what a share of a GPU's peak is usually counted from."""
+        return self.total - self.recomputed
+
+
+def operation_counter() -> FlopCounterMode:
+    """PyTorch's counter of operations, which also counts fused attention on a CPU.
+
+    By itself it does so from torch 2.15 on only.  A context manager; ``get_total_flops()`` is the sum.
+
+    Book: :ref:`ch-cost`.
+    """
+
+    def forward(query: Any, key: Any, value: Any, *rest: Any, **more: Any) -> int:
+        return sdpa_flop_count(query, key, value)
+
+    def backward(gradient: Any, query: Any, key: Any, value: Any, *rest: Any, **more: Any) -> int:
+        return sdpa_backward_flop_count(gradient, query, key, value)
+
+    aten = torch.ops.aten
+    return FlopCounterMode(
+        display=False,
+        custom_mapping={
+            aten._scaled_dot_product_flash_attention_for_cpu: forward,
+            aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+        },
+    )
+
+
+def require_published(config: CrateMAEConfig) -> None:
+    """Raise ``ValueError`` for ablations that change a layer's products.  Book: :ref:`ch-cost`."""
+    if config.expansion != 1 or config.separate_values:
+        raise ValueError("costs are counted for the published layers: expansion=1, separate_values=False")
+
+
+def token_counts(config: CrateMAEConfig, patches: int | None = None, mask_ratio: float = 0.75) -> tuple[int, int]:
+    """Tokens in the encoder and in the decoder, the class token included, for images of so many ``patches``."""
+    length = config.grid[0] * config.grid[1] if patches is None else patches
+    return 1 + (int(length * (1 - mask_ratio)) if config.encode_visible_only else length), 1 + length
+
+
+def operations(
+    config: CrateMAEConfig, batch: int, patches: int | None = None, mask_ratio: float = 0.75, fused: bool = True
+) -> StepCost:
+    r"""Operations of a training step on ``batch`` images, by part.
+
+    With N tokens in a batch of images of n tokens each,
+
+    .. math:: \mathrm{projections}\; 4 N d^2, \qquad \mathrm{attention}\; 4 N n d, \qquad
+              \mathrm{ISTA}\; 2 N d^2 + 2 d^3 \ \mathrm{(fused)} \ \mathrm{or}\ 6 N d^2, \qquad
+              \mathrm{densify}\; 2 N d^2
+
+    a layer in the forward pass.  Backwards a linear map costs twice that (gradients of its input and of its weight; the
+    patch embedding once, images have no gradient), attention 5/2 of it (its weights are computed again, not stored;
+    1/2 less where they are stored) and M once.
+
+    Parameters
+    ----------
+    config : sizes.
+    batch : images.
+    patches : patches an image; those of the configured size if ``None``.
+    mask_ratio : decides the encoder's tokens with ``encode_visible_only``.
+    fused : the package's own form; otherwise three products in ISTA and stored attention weights.
+
+    Raises
+    ------
+    ValueError
+        For a configuration with ablations that change the products.
+
+    Book: :ref:`ch-cost`, :eq:`eq-cost-layer`.
+    """
+    require_published(config)
+    encoded, decoded = (batch * n for n in token_counts(config, patches, mask_ratio))
+    d, pixels = config.dim, config.patch_size**2 * config.channels
+    square = 2 * d * d
+    forward = {
+        "embedding": 2 * (decoded - batch) * pixels * d,
+        "projections": 2 * square * (encoded * config.depth + decoded * config.decoder_layers),
+        "attention": 4 * d * (encoded**2 * config.depth + decoded**2 * config.decoder_layers) // batch,
+        "ISTA": (1 if fused else 3) * square * encoded * config.depth,
+        "densify": square * decoded * config.decoder_layers,
+        "prediction": 2 * decoded * pixels * d,
+    }
+    backward = {part: (1 if part == "embedding" else 2) * count for part, count in forward.items()}
+    recomputed = forward["attention"] // 2 if fused else 0
+    backward["attention"] += recomputed
+    if fused:
+        forward["M of ISTA"] = backward["M of ISTA"] = square * d * config.depth
+    return StepCost(forward, backward, recomputed)
+
+
+def saved_numbers(config: CrateMAEConfig, batch: int, patches: int | None = None, mask_ratio: float = 0.75) -> int:
+    r"""Numbers that the layers keep for the backward pass, beside the weights.
+
+    Each layer keeps six arrays of N tokens: after each LayerNorm, the projection V, the attended tokens, the half step
+    and its output (which the next layer starts from); two numbers a token and LayerNorm; one a token and head, the
+    logarithm of the softmax's sum, in the place of n; and an encoder layer the matrix M:
+
+    .. math:: 6 N d + 4 N + N K \quad (+\, d^2).
+
+    Linear in the tokens.  Stored attention weights would add :math:`N n K` a layer.
+
+    Raises
+    ------
+    ValueError
+        For a configuration with ablations that change the products.
+
+    Book: :ref:`ch-cost`, :eq:`eq-cost-memory`.
+    """
+    require_published(config)
+    encoded, decoded = (batch * n for n in token_counts(config, patches, mask_ratio))
+    token = 6 * config.dim + 4 + config.heads
+    return token * (encoded * config.depth + decoded * config.decoder_layers) + config.depth * config.dim**2

@@ -1,0 +1,127 @@
+r"""What a user sees of a run while it goes on: the bar, throughput, TensorBoard, pictures, whether the loss is normal.
+
+Nothing here is part of the metrics log: two runs of one configuration have the same losses and never the same times.
+
+Book: :ref:`ch-pretraining`.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from crate_core.training.expected import expected_at
+from crate_core.training.recipe import PretrainConfig
+from crate_core.training.run_directory import RunDirectory
+
+PICTURE_FOLDER = "pictures"
+TENSORBOARD_FOLDER = "tensorboard"
+REMARKS = 10
+"""How many times in a run a line says whether the loss is normal."""
+
+
+class Progress:
+    """The main process's bar, ``timing.jsonl`` and TensorBoard; on the others it does nothing.
+
+    Parameters
+    ----------
+    run : where files go.
+    config : the run.
+    pictures : how many there are to train on.
+    start, stop : first step and the one after the last.
+    bar : show a progress bar on stderr.
+    main : whether this is the main process.
+    report : gets one-line remarks.
+
+    Book: :ref:`ch-pretraining`.
+    """
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        config: PretrainConfig,
+        pictures: int,
+        start: int,
+        stop: int,
+        bar: bool,
+        main: bool,
+        report: Callable[[str], None],
+    ) -> None:
+        self.run, self.config, self.pictures, self.stop = run, config, pictures, stop
+        self.main, self.report = main, report
+        self.bar = tqdm(total=stop, initial=start, unit="step", disable=not (bar and main), mininterval=0.5)
+        self.timed_step, self.timed_at = start, time.perf_counter()
+        self.writer: Any = None
+        if main and config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # Steps after `start` that an earlier process wrote and lost are hidden.
+            self.writer = SummaryWriter(str(run.path / TENSORBOARD_FOLDER), purge_step=start + 1)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.bar.close()
+        if self.writer is not None:
+            self.writer.close()
+
+    def line(self, record: Mapping[str, Any]) -> None:
+        """Show a line of the metrics log, with the images a second since the last one."""
+        if not self.main:
+            return
+        step, now = record["step"], time.perf_counter()
+        seconds = max(now - self.timed_at, 1e-9)
+        rate = (step - self.timed_step) * self.config.batch_size / seconds
+        timing: dict[str, Any] = {"step": step, "seconds": round(seconds, 4), "images_per_second": round(rate, 2)}
+        if torch.cuda.is_available():
+            timing["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
+        self.run.log_timing(timing)
+        self.remark(record)
+        self.timed_step, self.timed_at = step, now
+        self.bar.set_postfix(
+            epoch=f"{record['epoch']:g}/{self.config.epochs:g}",
+            loss=f"{record['loss']:.4f}",
+            lr=f"{record['lr']:.1e}",
+            gradient=f"{record['gradient_norm'] or float('nan'):.2g}",
+            images_per_s=f"{rate:.0f}",
+        )
+        if self.writer is not None:
+            for name, value in {**record, **timing}.items():
+                if name not in ("step", "seconds") and value is not None:
+                    self.writer.add_scalar(name, value, step)
+
+    def remark(self, record: Mapping[str, Any]) -> None:
+        """Say ten times in a run whether the loss is normal, where that was measured."""
+        step, batch = record["step"], self.config.log_every
+        if step * REMARKS // self.stop == (step - batch) * REMARKS // self.stop:
+            return
+        normal = expected_at(self.config, self.pictures, record["epoch"])
+        if normal is not None:
+            low, high = normal
+            verdict = "" if low <= record["loss"] <= high else "  <- outside"
+            self.report(
+                f"step {step:,}, epoch {record['epoch']:g}: loss {record['loss']:.3f}; "
+                f"normal at this point: {low:.3f} to {high:.3f}{verdict}"
+            )
+
+    def picture_path(self, step: int) -> Path:
+        """Where the reconstructions of a step go."""
+        folder = self.run.path / PICTURE_FOLDER
+        folder.mkdir(exist_ok=True)
+        return folder / f"step-{step:08d}.png"
+
+    def show_picture(self, path: Path, step: int) -> None:
+        """Add a picture to TensorBoard."""
+        if self.writer is not None:
+            import numpy as np
+            from PIL import Image
+
+            with Image.open(path) as picture:
+                self.writer.add_image("reconstructions", np.asarray(picture.convert("RGB")), step, dataformats="HWC")

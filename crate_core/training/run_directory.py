@@ -1,0 +1,330 @@
+r"""A run on disk: who owns the directory, checkpoints that are whole or absent, the metrics log, provenance.
+
+Layout of an output directory::
+
+    run.json                     resolved config, data, and each start (command, versions, commit, device)
+    metrics.jsonl                one line per ``log_every`` steps; the same for a cut and an uncut run
+    timing.jsonl                 throughput beside it: what happened, never rewound
+    pictures/  tensorboard/      when asked for
+    .lock                        held by the process that trains; the system lets go of it when that ends
+    checkpoints/step-00000500/   config.json, model.safetensors, optimizer.pt, progress.json
+    model.safetensors config.json reconstructions.png summary.json     when finished
+
+Book: :ref:`ch-first-training`.
+"""
+
+import contextlib
+import json
+import os
+import pickle
+import platform
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from safetensors import SafetensorError
+
+from crate_core.model.autoencoder import MaskedAutoencoder
+from crate_core.model.files import CONFIG_FILE, WEIGHTS_FILE, StateDict, atomic_write, load_weights
+from crate_core.records import device_name as device_name
+from crate_core.records import git_commit as git_commit
+from crate_core.records import provenance as provenance
+from crate_core.records import write_json as write_json
+from crate_core.training.yardsticks import TrivialLoss
+
+RUN_FILE = "run.json"
+METRICS_FILE = "metrics.jsonl"
+TIMING_FILE = "timing.jsonl"
+LOCK_FILE = ".lock"
+SUMMARY_FILE = "summary.json"
+PICTURES_FILE = "reconstructions.png"
+CHECKPOINTS = "checkpoints"
+OPTIMIZER_FILE = "optimizer.pt"
+PROGRESS_FILE = "progress.json"
+CHECKPOINT_FILES = frozenset({CONFIG_FILE, WEIGHTS_FILE, OPTIMIZER_FILE, PROGRESS_FILE})
+
+
+class CheckpointError(OSError):
+    """A checkpoint or another file of a run that could not be written; the message names the last good one."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint: ``step`` steps are done; ``progress`` is what the loop wrote about them."""
+
+    path: Path
+    step: int
+    progress: dict[str, Any]
+
+    def weights(self) -> StateDict:
+        """The model's tensors."""
+        return load_weights(self.path / WEIGHTS_FILE)
+
+    def optimizer(self) -> dict[str, Any]:
+        """States of optimizer and loss scaler.  ``ValueError`` for a file that ``weights_only=True`` refuses."""
+        try:
+            return torch.load(self.path / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            raise ValueError(
+                f"{self.path / OPTIMIZER_FILE} was refused (read with weights_only=True): {error}"
+            ) from error
+
+
+def sync(path: Path) -> None:
+    """Flush a file or directory to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class RunDirectory:
+    """An output directory and the run that owns it."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).expanduser()
+        self.checkpoints = self.path / CHECKPOINTS
+        self.metrics = self.path / METRICS_FILE
+        self.timing = self.path / TIMING_FILE
+        self._lock: IO[str] | None = None
+
+    def claim(self, identity: Mapping[str, Any], config: Mapping[str, Any], start: Mapping[str, Any]) -> None:
+        """Make the directory this run's, or check that it is; ``start`` is added to the starts in
+        ``run.json``.
+
+        Parameters
+        ----------
+        identity : flat fields that decide what the run computes; those of the owner must be equal.
+        config : the whole resolved configuration, for the record.
+        start : provenance of this start.
+
+        Raises
+        ------
+        ValueError
+            If another run owns the directory (the differing fields are named), it holds files of something else, or
+            another process is writing it. Nothing is changed then.
+        """
+        starts = self.owner_starts(identity)
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        self.lock()
+        try:
+            starts = self.owner_starts(identity)  # another process may have claimed it before the lock was ours
+            write_json(self.path / RUN_FILE, {"identity": identity, "config": config, "starts": [*starts, start]})
+        except (OSError, ValueError):
+            self.release()
+            raise
+
+    def owner_starts(self, identity: Mapping[str, Any]) -> list[Any]:
+        """The starts of the run that owns the directory, empty if none does; ``ValueError`` if another run does."""
+        record = self.path / RUN_FILE
+        if not record.is_file():
+            ours = (METRICS_FILE, CONFIG_FILE, WEIGHTS_FILE, SUMMARY_FILE, PICTURES_FILE)
+            present = [name for name in ours if (self.path / name).exists()]
+            # An empty folder is what a process leaves that was killed before it wrote its record.
+            present += [CHECKPOINTS] if self.checkpoints.is_dir() and any(self.checkpoints.iterdir()) else []
+            if present:
+                raise ValueError(
+                    f"{self.path} already holds {', '.join(present)} and no {RUN_FILE}: it is not a run to continue. "
+                    "Give another --output-dir; nothing was changed"
+                )
+            return []
+        try:
+            owner = json.loads(record.read_text())
+            recorded, starts = owner["identity"], owner["starts"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{record} is not the record of a run: {error!r}") from error
+        differing = [
+            f"{name} (there {recorded.get(name)!r}, now {identity.get(name)!r})"
+            for name in sorted(recorded.keys() | identity.keys())
+            if recorded.get(name) != identity.get(name)
+        ]
+        if differing:
+            raise ValueError(
+                f"{self.path} holds another run, which differs in {'; '.join(differing)}. "
+                "Give another --output-dir; nothing was changed"
+            )
+        return starts
+
+    def lock(self) -> None:
+        """Hold the directory for this process until :meth:`release` or its end, however it ends.
+
+        A record lock (``fcntl.lockf``), which the operating system takes back from a killed process; loader processes
+        do not inherit it.  Where there is no ``fcntl`` (Windows), nothing is locked.
+
+        Raises ``ValueError`` if another process holds it.
+        """
+        try:
+            import fcntl
+        except ModuleNotFoundError:
+            return
+        file = open(self.path / LOCK_FILE, "a+")  # noqa: SIM115  # open as long as the lock is held
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            file.close()
+            raise ValueError(
+                f"{self.path} is being written by another process ({holder}). Wait for it or end it, or give another "
+                "--output-dir; nothing was changed"
+            ) from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
+        self._lock = file
+
+    def release(self) -> None:
+        """Let go of the directory."""
+        if self._lock is not None:
+            self._lock.truncate(0)
+            self._lock.close()
+            self._lock = None
+
+    @contextlib.contextmanager
+    def writing(self, what: str) -> Iterator[None]:
+        """Turn a failed write of ``what`` into a :class:`CheckpointError` that names the last good checkpoint."""
+        try:
+            yield
+        except CheckpointError:
+            raise
+        except (OSError, RuntimeError, SafetensorError) as error:
+            kept = self.latest()
+            good = "there is no checkpoint" if kept is None else f"the last good one is {kept.path}"
+            raise CheckpointError(f"{what} could not be saved ({error}); {good}") from error
+
+    def latest(self) -> Checkpoint | None:
+        """The newest whole checkpoint."""
+        if not self.checkpoints.is_dir():
+            return None
+        for path in sorted(self.checkpoints.glob("step-*"), reverse=True):
+            if re.fullmatch(r"step-\d+", path.name) and {file.name for file in path.iterdir()} >= CHECKPOINT_FILES:
+                return Checkpoint(path, int(path.name[5:]), json.loads((path / PROGRESS_FILE).read_text()))
+        return None
+
+    def save(
+        self, step: int, model: MaskedAutoencoder, optimizer: Mapping[str, Any], progress: Mapping[str, Any]
+    ) -> Checkpoint:
+        """Write the checkpoint of ``step``, then remove older ones.
+
+        All files are written to a hidden directory and flushed to disk before it gets its name, so that a
+        checkpoint with a name is whole and the previous one stays until then.
+
+        Raises
+        ------
+        CheckpointError
+            If it cannot be written (disk full, no permission); the previous one is untouched.
+        """
+        previous = self.latest()
+        final = self.checkpoints / f"step-{step:08d}"
+        if previous is not None and previous.path == final:
+            return previous
+        partial = self.checkpoints / ".partial"
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            model.save_pretrained(partial)
+            torch.save(optimizer, partial / OPTIMIZER_FILE)
+            (partial / PROGRESS_FILE).write_text(json.dumps(progress))
+            for file in [*partial.iterdir(), partial]:
+                sync(file)
+            partial.rename(final)
+            sync(self.checkpoints)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            kept = "there is no earlier one" if previous is None else f"the last good one is {previous.path}"
+            raise CheckpointError(f"the checkpoint of step {step} could not be saved ({error}); {kept}") from error
+        for path in self.checkpoints.glob("step-*"):
+            if path != final:
+                shutil.rmtree(path)
+        return Checkpoint(final, step, dict(progress))
+
+    def rewind_metrics(self, step: int) -> None:
+        """Drop the log's lines after ``step`` and a line cut off half-way, whole or not at all."""
+        if not self.metrics.exists():
+            return
+        kept = []
+        for line in self.metrics.read_text().splitlines(keepends=True):
+            if not line.endswith("\n") or json.loads(line)["step"] > step:
+                break
+            kept.append(line)
+        atomic_write(self.metrics, "".join(kept).encode())
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Append one line to the metrics log.  ``CheckpointError`` if it cannot be written."""
+        with self.writing("the log"), open(self.metrics, "a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def log_timing(self, record: Mapping[str, Any]) -> None:
+        """Append one line to the timing log.  ``CheckpointError`` if it cannot be written."""
+        with self.writing("the timing log"), open(self.timing, "a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def logged(self) -> list[dict[str, Any]]:
+        """All records of the metrics log."""
+        return [json.loads(line) for line in self.metrics.read_text().splitlines()] if self.metrics.exists() else []
+
+    def summary(self) -> dict[str, Any] | None:
+        """What a finished run wrote, or ``None``."""
+        path = self.path / SUMMARY_FILE
+        return json.loads(path.read_text()) if path.is_file() else None
+
+
+@dataclass(frozen=True)
+class PretrainResult:
+    """How a run ended; losses are means over removed patches, in model units.
+
+    ``train_loss`` is the mean over the last epoch's steps, ``held_out_loss`` that of held-out pictures under
+    fixed masks; ``expected`` the range of ``train_loss`` that is normal for an unchanged preset, else
+    ``None``.
+    """
+
+    output_dir: Path
+    steps: int
+    train_loss: float
+    held_out_loss: float
+    trivial: TrivialLoss
+    expected: tuple[float, float] | None
+    unreadable: int
+
+
+def result_of(run: RunDirectory) -> PretrainResult:
+    """The result that a finished run wrote; ``ValueError`` if it is not finished."""
+    summary = run.summary()
+    if summary is None:
+        raise ValueError(f"{run.path} holds no {SUMMARY_FILE}: the run is not finished")
+    expected = summary["expected_train_loss"]
+    return PretrainResult(
+        run.path,
+        summary["steps"],
+        summary["train_loss"],
+        summary["held_out_loss"],
+        TrivialLoss(**summary["trivial_loss"]),
+        None if expected is None else (expected[0], expected[1]),
+        summary["unreadable"],
+    )
+
+
+def describe(result: PretrainResult) -> list[str]:
+    """A result in lines: losses, what is normal, where things are."""
+    normal = (
+        "no range was measured for a changed recipe"
+        if result.expected is None
+        else f"normal for this preset: {result.expected[0]:.3f} to {result.expected[1]:.3f}"
+    )
+    lines = [
+        f"training loss, last epoch  {result.train_loss:.4f}   ({normal})",
+        f"held-out loss              {result.held_out_loss:.4f}",
+        f"trivial loss               {result.trivial.mean_picture:.4f} predicting the mean picture, "
+        f"{result.trivial.mean_patch:.4f} the mean patch",
+    ]
+    if result.unreadable:
+        lines.append(f"unreadable pictures        {result.unreadable}, named above, replaced by others")
+    lines.append(
+        f"saved in {result.output_dir}: model.safetensors, config.json, run.json, metrics.jsonl, {PICTURES_FILE}"
+    )
+    return lines

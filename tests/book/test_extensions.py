@@ -1,0 +1,323 @@
+"""The book's own Sphinx extensions: what a page depends on, which claims it makes, what its notebook holds."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from collections import Counter
+from pathlib import Path
+
+import claims
+import depcache
+import nbformat
+import notebooks
+import pytest
+
+pytestmark = pytest.mark.repository
+ROOT = Path(__file__).resolve().parents[2]
+FRONT = """---
+jupytext:
+  text_representation:
+    extension: .md
+    format_name: myst
+kernelspec:
+  display_name: Python 3 (ipykernel)
+  language: python
+  name: python3
+---
+
+"""
+
+
+def page(*cells: str, text: str = "# Title\n") -> str:
+    """A page with these code cells."""
+    return (
+        FRONT + text + "".join(f"\n```{{code-cell}} python\n{textwrap.dedent(cell).strip()}\n```\n" for cell in cells)
+    )
+
+
+# ---- depcache: the digest ----
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> depcache.Package:
+    """A package whose modules import each other in every way that ours do."""
+    folder = tmp_path / "pkg"
+    folder.mkdir()
+    modules = {
+        "__init__": "from pkg.low import f as f\nfrom pkg.high import g as g\n",
+        "low": "def f():\n    return 1\n",
+        "middle": "from pkg.low import f\n",
+        "late": "def h():\n    from pkg.low import f\n    return f()\n",
+        "high": "from pkg import middle\ndef g():\n    return 2\n",
+        "relative": "from . import low\nfrom .late import h\n",
+        "data": "PATH = 'results/run.json'\n",
+        "alone": "x = 1\n",
+    }
+    for name, source in modules.items():
+        (folder / f"{name}.py").write_text(source)
+    return depcache.Package("pkg", folder)
+
+
+@pytest.mark.parametrize(
+    ("code", "modules"),
+    [
+        ("from pkg.low import f", {"low"}),
+        ("from pkg import f", {"low"}),  # followed through the re-export, not everything
+        ("from pkg import g", {"high", "middle", "low"}),
+        ("from pkg import alone", {"alone"}),
+        ("import pkg.middle as m", {"middle", "low"}),
+        ("from pkg.late import h", {"late", "low"}),  # imports inside functions count
+        ("from pkg.relative import low", {"relative", "low", "late"}),
+        ("def f():\n    from pkg.alone import x", {"alone"}),
+        ("import numpy", set()),
+        ("import pkg", {"low", "middle", "late", "high", "relative", "data", "alone"}),
+        ("from pkg import *", {"low", "middle", "late", "high", "relative", "data", "alone"}),
+    ],
+)
+def test_imports_are_followed(package: depcache.Package, code: str, modules: set[str]) -> None:
+    assert depcache.transitive_imports(ast.parse(code), package) == {f"pkg.{name}" for name in modules}
+
+
+def digest(package: depcache.Package, text: str) -> str:
+    return depcache.page_digest(text, package.folder.parent, ["pkg"], ["results"])
+
+
+@pytest.mark.parametrize(("edited", "changes"), [("low", True), ("middle", True), ("alone", False), ("late", False)])
+def test_digest_changes_with_dependencies_only(package: depcache.Package, edited: str, changes: bool) -> None:
+    text = page("from pkg import g")
+    before = digest(package, text)
+    path = package.folder / f"{edited}.py"
+    original = path.read_text()
+    path.write_text(original + "# edited\n")
+    assert (digest(package, text) != before) is changes
+    path.write_text(original)
+    assert digest(package, text) == before  # and the old outputs are found again
+
+
+def test_digest_changes_with_named_results(package: depcache.Package) -> None:
+    results = package.folder.parent / "results"
+    results.mkdir()
+    direct, through_module = page('path = "../results/run.json"'), page("from pkg.data import PATH")
+    other = page("x = 1")
+    before = [digest(package, text) for text in (direct, through_module, other)]
+    (results / "run.json").write_text("{}")
+    after = [digest(package, text) for text in (direct, through_module, other)]
+    assert [a != b for a, b in zip(after, before, strict=True)] == [True, True, False]
+
+
+def test_digest_moves_no_line() -> None:
+    marked = depcache.with_digest(page("x = 1"), "0123")
+    assert marked.count("\n") == page("x = 1").count("\n")
+    assert "display_name: Python 3 (ipykernel) [0123]" in marked
+    assert depcache.with_digest("# a page without cells", "0123") == "# a page without cells"
+
+
+def test_magics_do_not_hide_imports() -> None:
+    tree = depcache.page_code(page("%matplotlib inline\nfrom pkg.low import f\n!ls"))
+    assert "from pkg.low import f" in ast.unparse(tree)
+    plain = "x = (\n    5\n    % 3\n)"  # a line of plain Python that begins as a magic does
+    assert [code for _, code in depcache.code_cells(page(plain))] == [plain]
+
+
+# ---- ledger: reading and checking claims ----
+
+CLAIM = """
+claim("clm-a-b", r"It is $x$ " "and so on.",
+      conditions="always", kind="numerical",
+      evidence="a check", holds=True)
+"""
+
+
+def test_claims_are_read() -> None:
+    found, problems = claims.read_claims(page(CLAIM), "book/a")
+    assert problems == []
+    assert found == [claims.Claim("clm-a-b", "It is $x$ and so on.", "always", "numerical", "a check", "book/a")]
+
+
+@pytest.mark.parametrize("bad", ['f"always"', "conditions", '"a" + b'])
+def test_arguments_must_be_literal(bad: str) -> None:
+    found, problems = claims.read_claims(page(CLAIM.replace('"always"', bad)), "book/a")
+    assert found == []
+    assert len(problems) == 1
+    assert "conditions" in problems[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "boxes", "said"),
+    [
+        ({}, 1, None),
+        ({}, 0, "its box is 0 times"),
+        ({}, 2, "its box is 2 times"),
+        ({"kind": "obvious"}, 1, "unknown kind"),
+        ({"label": "rate-x"}, 1, "a label is clm-"),
+        ({"test": "tests/book/test_extensions.py::test_claims_are_read"}, 0, None),
+        ({"test": "tests/book/test_extensions.py::test_nothing"}, 0, "there is no test"),
+        ({"test": "tests/test_nothing.py::test_claims_are_read"}, 0, "there is no test"),
+    ],
+)
+def test_claims_are_checked(change: dict[str, str], boxes: int, said: str | None) -> None:
+    values = {"label": "clm-a", "statement": "s", "conditions": "c", "kind": "proved", "evidence": "e", "docname": "d"}
+    claim = claims.Claim(**(values | change))
+    problems = claims.check_claim(claim, Counter({claim.label: boxes}), ROOT)
+    assert len(problems) == (said is not None)
+    assert said is None or said in problems[0]
+
+
+# ---- notebooks ----
+
+MYST = r"""(ch-a)=
+# Title
+
+See {prf:ref}`thm-a`, {eq}`eq-a`, {ref}`the chapter <ch-b>` and {cite:t}`pai2024masked`; {glue:text}`n` tokens.
+As in {ref}`ch-c`.
+
+:::{prf:theorem} Name
+:label: thm-a
+It holds that $x$, by {math}`y`.
+:::
+
+```{code-block} python
+{ref}`stays`
+```
+
+```{math}
+:label: eq-a
+x = y
+```
+"""
+
+
+def test_notebook_is_plain_and_complete() -> None:
+    macros: dict[str, str | list] = {"RR": r"\mathbb{R}", "n": ["|#1|", 1]}
+    text_of_page = page("x = 1", "y = 2", text=MYST)
+    notebook = notebooks.make_notebook(text_of_page, "Title", macros, {"ch-c": ("c.ipynb", "Chapter C")})
+    nbformat.validate(notebook)
+    code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    assert code[1:] == ["x = 1", "y = 2"]
+    assert 'pip install -e ".[book]"' in code[0]
+    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    assert r"\def\RR{\mathbb{R}}" in text
+    assert r"\newcommand{\n}[1]{|#1|}" in text
+    assert "**Theorem (Name).**" in text
+    assert "[thm-a](#thm-a)" in text
+    assert "[the chapter](#ch-b)" in text
+    assert "[Chapter C](c.ipynb)" in text
+    assert '<a id="thm-a"></a>' in text
+    assert "$y$" in text
+    assert "{ref}`stays`" in text  # code is left alone
+    assert re.search(r"\$\$\s+x = y\s+\$\$", text)
+    assert ":::" not in text
+    assert "{prf:" not in text
+
+
+def test_notebook_is_repeatable() -> None:
+    first, second = (notebooks.make_notebook(page("x = 1"), "Title", {}) for _ in range(2))
+    assert nbformat.writes(first) == nbformat.writes(second)
+
+
+# ---- all of it, in a small book ----
+
+CONFIG = """
+import sys
+sys.path.insert(0, {ext!r})
+extensions = ["myst_nb", "depcache", "ledger"]
+depcache_packages = ["pkg"]
+nb_execution_mode = "cache"
+nb_execution_show_tb = True
+myst_enable_extensions = ["dollarmath", "colon_fence"]
+exclude_patterns = ["_build"]
+"""
+SHOW = """
+from IPython.display import HTML, display
+def claim(label, statement, **_):
+    display(HTML(f'<div class="claim claim-x" id="{label}">{statement}</div>'))
+"""
+
+
+class SmallBook:
+    """A book of three pages over a package of two modules."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        (root / "pkg").mkdir()
+        self.write("pkg/__init__.py", "from pkg.one import f as f\nfrom pkg.two import g as g\n")
+        self.write("pkg/one.py", "def f():\n    return 1\n")
+        self.write("pkg/two.py", "def g():\n    return 2\n")
+        self.write("pkg/show.py", SHOW)
+        self.write("conf.py", CONFIG.format(ext=str(ROOT / "book" / "_ext")))
+        self.write("index.md", "# Index\n\n```{toctree}\na\nb\nledger\n```\n")
+        self.write("a.md", page("from pkg import f\nfrom pkg.show import claim\nprint(f())", self.claim("clm-a")))
+        self.write("b.md", page("from pkg import g\nprint(g())"))
+        self.write("ledger.md", "# Ledger\n\n```{claims-ledger}\n```\n")
+
+    @staticmethod
+    def claim(label: str, kind: str = "proved") -> str:
+        return f'claim("{label}", "Said.", conditions="c", kind="{kind}", evidence="e", holds=True)'
+
+    def write(self, name: str, text: str) -> None:
+        (self.root / name).write_text(text)
+
+    def build(self) -> tuple[set[str], list[str]]:
+        """Build; the pages that executed, and the warnings."""
+        done = subprocess.run(
+            [sys.executable, "-m", "sphinx", "-b", "html", ".", "_build/html"],
+            cwd=self.root,
+            capture_output=True,
+            text=True,
+            check=True,
+            env=os.environ | {"PYTHONPATH": str(self.root), "NO_COLOR": "1", "PYTHONDONTWRITEBYTECODE": "1"},
+        )
+        executed = set(re.findall(r"(\w+)\.md: Executing notebook", done.stdout + done.stderr))
+        return executed, [line for line in done.stderr.splitlines() if "WARNING: " in line]
+
+    def shown(self, name: str) -> str:
+        return (self.root / "_build" / "html" / f"{name}.html").read_text()
+
+
+@pytest.fixture(scope="module")
+def small_book(tmp_path_factory: pytest.TempPathFactory) -> SmallBook:
+    pytest.importorskip("myst_nb", reason="needs the book extra")
+    book = SmallBook(tmp_path_factory.mktemp("book"))
+    executed, warnings = book.build()
+    assert executed == {"a", "b"}
+    assert warnings == []
+    return book
+
+
+def test_editing_a_module_executes_its_dependents_only(small_book: SmallBook) -> None:
+    small_book.write("pkg/two.py", "def g():\n    return 'edited'\n")
+    assert small_book.build() == ({"b"}, [])
+    assert "edited" in small_book.shown("b")
+    small_book.write("pkg/two.py", "def g():\n    return 2\n")
+    assert small_book.build() == (set(), [])  # the old outputs come from the cache
+    assert "edited" not in small_book.shown("b")
+    assert small_book.build() == (set(), [])
+
+
+def test_ledger_follows_the_pages(small_book: SmallBook) -> None:
+    original = (small_book.root / "b.md").read_text()
+    assert "clm-b" not in small_book.shown("ledger")
+    small_book.write("b.md", page("from pkg.show import claim", small_book.claim("clm-b")))
+    assert small_book.build() == ({"b"}, [])
+    assert "b.html#clm-b" in small_book.shown("ledger")
+    assert "2 claims" in small_book.shown("ledger")
+    small_book.write("b.md", original)
+    assert small_book.build() == (set(), [])
+    assert "clm-b" not in small_book.shown("ledger")
+    assert "1 claim<" in small_book.shown("ledger")
+
+
+def test_build_warns_until_a_claim_is_mended(small_book: SmallBook) -> None:
+    original = (small_book.root / "b.md").read_text()
+    cells = ["from pkg.show import claim", small_book.claim("clm-a"), f"if False:\n    {small_book.claim('clm-never')}"]
+    small_book.write("b.md", page(*cells))
+    for _ in range(2):  # the second build reads no page, and says it again
+        _, warnings = small_book.build()
+        assert len(warnings) == 2
+        assert any("clm-a: used 2 times" in warning for warning in warnings)
+        assert any("clm-never: its box is 0 times" in warning for warning in warnings)
+    small_book.write("b.md", original)
+    assert small_book.build()[1] == []

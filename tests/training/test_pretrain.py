@@ -1,0 +1,546 @@
+"""Pretraining: recipe, schedule, the loop, and runs that are cut off at any moment and go on exactly."""
+
+import errno
+import json
+import math
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from tiny_runs import ENVIRONMENT, ROOT, TINY, contents, snapshot, tiny, train
+from torch import nn
+
+import crate_core.training.run_directory as runs
+from crate_core.model.config import CrateMAEConfig
+from crate_core.model.crate import CrateMAE
+from crate_core.model.patches import patchify
+from crate_core.training.pretrain import PICTURES_SHOWN, TrainingDivergedError, initial_model, pretrain
+from crate_core.training.recipe import (
+    LATER,
+    OPERATIONAL,
+    PRESETS,
+    PretrainConfig,
+    expected_range,
+    learning_rate,
+    parameter_groups,
+    total_steps,
+)
+from crate_core.training.run_directory import CheckpointError, RunDirectory, git_commit, provenance
+from crate_core.training.yardsticks import trivial_loss
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Bits are compared at one thread, which is what the processes of these tests have."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The uncut run, what it said, and whether it left the global random state alone."""
+
+    path: Path
+    said: list[str]
+    random_state_kept: bool
+
+    def copy(self, to: Path) -> Path:
+        return Path(shutil.copytree(self.path, to, dirs_exist_ok=True))
+
+
+@pytest.fixture(scope="module")
+def uncut(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    path = tmp_path_factory.mktemp("uncut")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    said = train(tiny(path))
+    kept = torch.equal(torch.get_rng_state(), before)
+    torch.set_num_threads(threads)
+    return Finished(path, said, kept)
+
+
+# -- the recipe
+
+
+@given(batch=st.integers(1, 512), pictures=st.integers(1, 5000), epochs=st.floats(1, 300), warm=st.floats(0, 0.9))
+def test_schedule_follows_its_formula(batch: int, pictures: int, epochs: float, warm: float) -> None:
+    config = PretrainConfig(batch_size=batch, epochs=epochs, warmup_epochs=warm * epochs, lr=1e-3)
+    steps = total_steps(config, pictures)
+    assert (steps - 1) * batch < epochs * pictures * (1 + 1e-12)
+    assert steps * batch >= epochs * pictures * (1 - 1e-12)
+    for step in (0, steps // 3, steps - 1, steps, 2 * steps):
+        epoch = step * batch / pictures
+        if epoch < warm * epochs:
+            expected = epoch / (warm * epochs)
+        else:
+            expected = math.cos(math.pi / 2 * min(1, (epoch - warm * epochs) / (epochs - warm * epochs))) ** 2
+        assert learning_rate(step, config, pictures) == pytest.approx(1e-3 * batch / 256 * expected, abs=1e-12)
+
+
+def test_max_steps_shortens_a_run_and_keeps_its_schedule() -> None:
+    whole = PretrainConfig.from_preset("digits")
+    short = replace(whole, max_steps=7)
+    assert total_steps(short, 1438) == 7
+    assert total_steps(replace(whole, max_steps=10**9), 1438) == total_steps(whole, 1438)
+    assert [learning_rate(s, short, 1438) for s in range(7)] == [learning_rate(s, whole, 1438) for s in range(7)]
+
+
+def test_every_parameter_is_in_one_group_and_vectors_do_not_decay() -> None:
+    model = CrateMAE(TINY)
+    decayed, others = parameter_groups(model, 0.05)
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.05, 0.0)
+    grouped = [id(p) for group in (decayed, others) for p in group["params"]]
+    assert sorted(grouped) == sorted(id(p) for p in model.parameters())
+    plain = {id(p) for name, p in model.named_parameters() if name.endswith("bias")}
+    norms = {id(p) for m in model.modules() if isinstance(m, nn.LayerNorm) for p in m.parameters()}
+    assert {id(p) for p in others["params"]} == plain | norms
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_valid_and_survive_json(name: str) -> None:
+    config = PretrainConfig.from_preset(name)
+    assert config.output_dir == f"runs/{name}"
+    assert PretrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert config.betas == (0.9, 0.95)
+    assert config.weight_decay == 0.05
+    assert config.mask_ratio == 0.75
+
+
+def test_imagenet_presets_are_the_recipe_of_mae() -> None:
+    for name, dim in (("imagenet-small", 576), ("imagenet-base", 768)):
+        config = PretrainConfig.from_preset(name)
+        assert (config.epochs, config.warmup_epochs, config.batch_size) == (800, 40, 4096)
+        assert config.peak_lr == pytest.approx(2.4e-3)
+        assert config.model.dim == dim
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("mask_ratio", 1.0, r"mask_ratio=1.0.*16 patches"),
+        ("mask_ratio", 0.0, r"mask_ratio=0.0"),
+        ("mask_ratio", 0.99, r"mask_ratio=0.99"),
+        ("batch_size", 0, "batch_size=0"),
+        ("lr", -1.0, "lr=-1.0"),
+        ("lr", math.nan, "lr=nan"),
+        ("epochs", math.inf, "epochs=inf"),
+        ("warmup_epochs", 300.0, "less than epochs=300"),
+        ("max_steps", 0, "max_steps=0"),
+        ("betas", (0.9, 1.0), "betas"),
+        ("clip_gradient", 0.0, "clip_gradient"),
+        ("max_unreadable", 1.5, "max_unreadable"),
+        ("preset", "mnist", "digits, cifar10"),
+        ("epoch", 3, r"unknown fields \['epoch'\]"),
+    ],
+)
+def test_a_field_out_of_range_is_named(field: str, value: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PretrainConfig.from_preset("digits", **{field: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("precision", "int8", "fp32, bf16 or fp16"),
+        ("device", "gpu", "auto, cpu, cuda or mps"),
+        ("augmentation", "mixup", "none or crop_flip"),
+    ],
+)
+def test_an_unknown_choice_is_named(field: str, value: str, message: str) -> None:
+    # Past the constructor, whose types are checked under pytest alone.
+    config = PretrainConfig.from_preset("digits")
+    object.__setattr__(config, field, value)
+    with pytest.raises(ValueError, match=message):
+        config.__post_init__()
+
+
+def test_identity_leaves_out_operational_fields_only() -> None:
+    config = PretrainConfig.from_preset("digits")
+    names = {name.partition(".")[0] for name in config.identity()}
+    assert names == set(config.to_dict()) - OPERATIONAL - {"preset", *LATER}
+    streamed = replace(config, data="hf:x", streaming=True)
+    assert set(streamed.identity()) == set(config.identity()) | {"streaming"}
+
+
+def test_expected_loss_is_for_the_unchanged_preset() -> None:
+    config = PretrainConfig.from_preset("digits")
+    steps = total_steps(config, 1438)
+    assert expected_range(config, steps, 1438) == PRESETS["digits"].loss is not None
+    assert expected_range(replace(config, seed=5, workers=2), steps, 1438) == PRESETS["digits"].loss
+    assert expected_range(replace(config, lr=1e-3), steps, 1438) is None
+    assert expected_range(config, steps - 1, 1438) is None
+
+
+# -- the loop
+
+
+def test_trivial_loss_is_the_loss_of_predicting_means() -> None:
+    model = CrateMAE(TINY)
+    images = torch.rand(40, 1, 8, 8) ** 2 * torch.linspace(0.2, 1, 8)
+    losses = trivial_loss(model, images)
+    patches = patchify(model.standardize(images), 2).numpy().astype(np.float64)
+    assert losses.mean_patch == pytest.approx(patches.reshape(-1, 4).var(axis=0).mean())
+    assert losses.mean_picture == pytest.approx(patches.var(axis=0).mean())
+    assert losses.mean_picture < losses.mean_patch
+
+
+def test_initial_weights_are_a_function_of_the_seed(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    one, same, other = (initial_model(tiny(tmp_path, seed=seed)) for seed in (0, 0, 1))
+    assert torch.equal(torch.get_rng_state(), before)
+    weights = [model.patch_embedding.weight for model in (one, same, other)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_training_beats_the_mean_patch(tmp_path: Path) -> None:
+    model = CrateMAEConfig.preset("digits", dim=32, depth=1, heads=2)
+    config = tiny(tmp_path, model=model, batch_size=64, epochs=9.0, warmup_epochs=1.0, lr=0.04, checkpoint_every=500)
+    result = pretrain(config, progress=False, report=str)
+    first = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])["loss"]
+    assert result.train_loss < 0.8 * result.trivial.mean_patch < first
+    assert result.held_out_loss == pytest.approx(result.train_loss, rel=0.15)
+
+
+def test_a_finished_run_holds_what_it_says(uncut: Finished) -> None:
+    tmp_path, said = uncut.path, uncut.said
+    config = tiny(tmp_path)
+    assert any("data: scikit-learn's digits: 1,438 to train on, 359 held out" in line for line in said)
+    assert any("no range was measured for a changed recipe" in line for line in said)
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert PretrainConfig.from_dict(record["config"]) == config
+    assert record["starts"][0]["command"] == "crate_core.training.pretrain.pretrain"
+    assert record["starts"][0]["versions"]["torch"] == torch.__version__.partition("+")[0]
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    log = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log] == [3, 6, 9, 12]
+    assert summary["steps"] == 12
+    assert summary["train_loss"] == pytest.approx(np.mean([line["loss"] for line in log]))
+    assert all(line["lr"] == learning_rate(line["step"] - 1, config, 1438) for line in log)
+    model = CrateMAE.from_pretrained(tmp_path)
+    assert model.config == TINY
+    (checkpoint,) = (tmp_path / "checkpoints").iterdir()
+    assert checkpoint.name == "step-00000012"
+    for name, tensor in CrateMAE.from_pretrained(checkpoint).state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name])
+    with Image.open(tmp_path / "reconstructions.png") as png:
+        width, height = png.size
+    assert height / width == pytest.approx(PICTURES_SHOWN / 4, rel=0.1)
+
+
+def test_the_loss_in_the_log_is_the_models(tmp_path: Path) -> None:
+    # Step 1 has learning rate 0, so that the first line's loss is that of the initial weights on the first batches.
+    from crate_core.data.batches import StepBatches, TrainingPictures, mask_noise
+    from crate_core.data.named import open_data
+
+    config = tiny(tmp_path, max_steps=1, log_every=1)
+    train(config)
+    logged = json.loads((tmp_path / "metrics.jsonl").read_text())["loss"]
+    dataset = TrainingPictures(open_data("digits").train, (8, 8), 1, "none", config.seed)
+    (items,) = StepBatches(1438, 16, config.seed, 0, 1)
+    model = initial_model(config)
+    images = model.standardize(dataset.__getitems__(items).images)
+    loss = model(images, 0.75, mask_noise(config.seed, 0, 16, 16)).loss.item()
+    assert logged == pytest.approx(loss, rel=1e-6)
+
+
+def test_training_leaves_the_global_random_state_alone(uncut: Finished) -> None:
+    assert uncut.random_state_kept
+
+
+def test_mixed_precision_trains_and_differs(tmp_path: Path, uncut: Finished) -> None:
+    train(tiny(tmp_path, precision="bf16"))
+    full, mixed = (
+        [json.loads(line)["loss"] for line in (path / "metrics.jsonl").read_text().splitlines()]
+        for path in (uncut.path, tmp_path)
+    )
+    assert mixed != full
+    np.testing.assert_allclose(mixed, full, rtol=0.05)
+
+
+def test_clipping_changes_the_weights_and_logs_the_whole_norm(tmp_path: Path, uncut: Finished) -> None:
+    train(tiny(tmp_path, clip_gradient=0.01, max_steps=3))
+    free, clipped = (
+        json.loads((path / "metrics.jsonl").read_text().splitlines()[0]) for path in (uncut.path, tmp_path)
+    )
+    assert free["loss"] != clipped["loss"]
+    assert clipped["gradient_norm"] > 0.1
+
+
+def test_a_folder_smaller_than_a_batch_trains_and_counts_damage(tmp_path: Path) -> None:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for i in range(12):
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (9, 11, 3), dtype=np.uint8)).save(
+            pictures / f"{i:02d}.png"
+        )
+    (pictures / "05.png").write_bytes(b"no picture")
+    config = tiny(tmp_path / "run", data=f"folder:{pictures}", epochs=6.0, warmup_epochs=1.0, augmentation="crop_flip")
+    said = train(config)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["unreadable"] == 1
+    assert sum("05.png" in line for line in said) == 1
+
+
+# -- a directory belongs to one run
+
+
+def test_another_runs_directory_is_refused_and_untouched(tmp_path: Path, uncut: Finished) -> None:
+    uncut.copy(tmp_path)
+    before = snapshot(tmp_path)
+    other = tiny(tmp_path, seed=1, model=replace(TINY, lambd=0.25))
+    with pytest.raises(ValueError, match=r"model.lambd \(there 0.5, now 0.25\); seed \(there 0, now 1\)"):
+        train(other)
+    assert snapshot(tmp_path) == before
+
+
+def test_a_directory_of_something_else_is_refused_and_untouched(tmp_path: Path) -> None:
+    CrateMAE(TINY).save_pretrained(tmp_path)
+    before = snapshot(tmp_path)
+    with pytest.raises(ValueError, match=r"already holds config.json, model.safetensors and no run.json"):
+        train(tiny(tmp_path))
+    assert snapshot(tmp_path) == before
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path: Path, uncut: Finished) -> None:
+    uncut.copy(tmp_path)
+    before = snapshot(tmp_path)
+    said = train(tiny(tmp_path, checkpoint_every=2))
+    assert any("is finished: 12 steps are done; nothing was trained" in line for line in said)
+    after = snapshot(tmp_path)
+    assert {name for name in before if before[name] != after[name]} == {"run.json"}  # the new start is recorded
+    assert before.keys() == after.keys()
+
+
+def test_more_steps_continue_a_run_exactly(tmp_path: Path, uncut: Finished) -> None:
+    train(tiny(tmp_path, max_steps=6))
+    assert json.loads((tmp_path / "summary.json").read_text())["steps"] == 6
+    train(tiny(tmp_path))
+    assert contents(tmp_path) == contents(uncut.path)
+    assert json.loads((tmp_path / "summary.json").read_text())["steps"] == 12
+
+
+def test_changed_data_is_another_run(tmp_path: Path) -> None:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for i in range(12):
+        Image.new("L", (8, 8), 20 * i).save(pictures / f"{i:02d}.png")
+    config = tiny(tmp_path / "run", data=f"folder:{pictures}", epochs=3.0, warmup_epochs=1.0)
+    train(config)
+    Image.new("L", (8, 8)).save(pictures / "99.png")
+    with pytest.raises(ValueError, match=r"training pictures \(there 11, now 12\)"):
+        train(config)
+
+
+# -- cut off at any moment
+
+DRIVER = """
+import json, os, signal, sys, time
+from pathlib import Path
+import torch
+import crate_core.training.run_directory as runs, crate_core.training.pretrain as train
+from crate_core.training.recipe import PretrainConfig
+
+directory, config, moments = Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3:]
+
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def arm(moment):
+    what, _, step = moment.partition("@")
+    if what == "step":          # after the backward pass of a step
+        original = train.Trainer.update
+        def update(self, images):
+            return die() if self.step == int(step) else original(self, images)
+        train.Trainer.update = update
+    elif what == "weights":     # half of a checkpoint's files are there
+        torch.save = die
+    elif what == "rename":      # all of its files are there and it has no name yet
+        Path.rename = die
+    elif what == "clean":       # it has its name and the old one is still there
+        original = runs.shutil.rmtree
+        runs.shutil.rmtree = lambda path, **k: die() if Path(path).name.startswith("step-") else original(path, **k)
+    elif what == "finish":      # all steps are done and the summary is not written
+        train.write_json = die
+
+for moment in moments:
+    pid = os.fork()
+    if pid == 0:
+        torch.set_num_threads(1)
+        arm(moment)
+        train.pretrain(PretrainConfig.from_dict({**config, "output_dir": str(directory)}), progress=False, report=str)
+        os._exit(0)
+    if moment == "outside":     # whenever the log has its third line
+        while not (log := directory / "metrics.jsonl").exists() or log.read_text().count("\\n") < 3:
+            time.sleep(0.001)
+        os.kill(pid, signal.SIGKILL)
+    _, status = os.waitpid(pid, 0)
+    kept = sorted(path.name for path in (directory / "checkpoints").glob("step-*"))
+    print(json.dumps([moment, os.WTERMSIG(status) if os.WIFSIGNALED(status) else -os.WEXITSTATUS(status), kept]))
+"""
+
+
+@pytest.mark.processes
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills need POSIX processes")
+def test_a_run_killed_at_any_moment_ends_with_the_bits_of_the_uncut_run(tmp_path: Path, uncut: Finished) -> None:
+    # Each moment is a process of its own that gets a SIGKILL there; the next one starts with the same configuration.
+    moments = ["step@2", "weights", "step@5", "rename", "clean", "step@10", "finish", "none"]
+    config = tiny(uncut.path)
+    command = [sys.executable, "-c", DRIVER, str(tmp_path / "cut"), json.dumps(config.to_dict()), *moments]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    ends = {moment: (code, kept) for moment, code, kept in map(json.loads, done.stdout.splitlines())}
+    assert all(ends[moment][0] == signal.SIGKILL for moment in moments[:-1]), ends
+    assert ends["none"][0] == 0
+    step = "step-{:08d}".format
+    assert ends["step@2"][1] == ends["weights"][1] == []
+    assert ends["step@5"][1] == ends["rename"][1] == [step(4)]
+    assert ends["clean"][1] == [step(4), step(8)]
+    assert ends["finish"][1] == [step(12)]
+    assert contents(tmp_path / "cut") == contents(uncut.path)
+    same = ("steps", "train_loss", "held_out_loss", "trivial_loss", "unreadable", "seed")
+    one, other = (json.loads((path / "summary.json").read_text()) for path in (tmp_path / "cut", uncut.path))
+    assert {name: one[name] for name in same} == {name: other[name] for name in same}
+    assert not list((tmp_path / "cut" / "checkpoints").glob(".*"))
+    assert len(json.loads((tmp_path / "cut" / "run.json").read_text())["starts"]) == len(moments)
+
+
+@pytest.mark.processes
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills need POSIX processes")
+def test_a_command_killed_from_outside_goes_on(tmp_path: Path) -> None:
+    base = [sys.executable, "-m", "crate_core.cli", "pretrain", "--device", "cpu", "--max-steps", "60"]
+    base += ["--model.dim", "16", "--model.depth", "1", "--model.heads", "2", "--batch-size", "16", "--log-every", "7"]
+    base += ["--checkpoint-every", "5", "--warmup-epochs", "1", "--seed", "3"]
+    log = tmp_path / "cut" / "metrics.jsonl"
+    process = subprocess.Popen(
+        [*base, "--output-dir", str(tmp_path / "cut")],
+        env=ENVIRONMENT, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    while process.poll() is None and not (log.exists() and log.read_text().count("\n") >= 2):
+        time.sleep(0.002)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert not (tmp_path / "cut" / "summary.json").exists()
+    done = subprocess.run(
+        [*base, "--output-dir", str(tmp_path / "cut")], env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "continuing after step" in done.stdout
+    config = tiny(
+        tmp_path / "uncut", max_steps=60, epochs=300.0, warmup_epochs=1.0, log_every=7, checkpoint_every=5, seed=3
+    )
+    train(config)
+    assert contents(tmp_path / "cut") == contents(tmp_path / "uncut")
+
+
+def fail_on(call: int) -> Callable[[Path], None]:
+    """A ``sync`` that finds the disk full at one of its calls."""
+    calls = [0]
+
+    def sync(path: Path) -> None:
+        calls[0] += 1
+        if calls[0] == call:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    return sync
+
+
+@pytest.mark.parametrize("call", [8, 11])
+def test_a_full_disk_stops_the_run_and_keeps_the_last_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uncut: Finished, call: int
+) -> None:
+    # A checkpoint syncs four files, their directory and its parent: calls 7 to 12 belong to the second one.
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "sync", fail_on(call))
+        with pytest.raises(CheckpointError, match=r"step 8 could not.*No space left.*last good one is .*step-00000004"):
+            train(tiny(tmp_path))
+    latest = RunDirectory(tmp_path).latest()
+    assert latest is not None
+    assert latest.step == 4
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000004"]
+    train(tiny(tmp_path))
+    assert contents(tmp_path) == contents(uncut.path)
+
+
+def test_the_first_checkpoint_that_fails_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "sync", fail_on(1))
+    with pytest.raises(CheckpointError, match="there is no earlier one"):
+        train(tiny(tmp_path))
+    assert RunDirectory(tmp_path).latest() is None
+
+
+def test_divergence_names_step_rate_and_checkpoint(tmp_path: Path) -> None:
+    config = tiny(tmp_path, lr=1e30, log_every=1, checkpoint_every=1)
+    with pytest.raises(
+        TrainingDivergedError, match=r"at step (\d+) \(learning rate .*last good checkpoint is"
+    ) as caught:
+        train(config)
+    kept = RunDirectory(tmp_path).latest()
+    assert kept is not None
+    step = int(str(caught.value).partition("at step ")[2].split()[0])
+    assert kept.step == step - 1
+    assert f"{learning_rate(step - 1, config, 1438):.3g}" in str(caught.value)
+    assert all(torch.isfinite(tensor).all() for tensor in kept.weights().values())
+
+
+def test_divergence_before_any_checkpoint_finds_the_step_between_log_lines(tmp_path: Path) -> None:
+    # Step 1 has learning rate 0; step 2 takes the weights beyond float32, and step 3 sees it.
+    with pytest.raises(TrainingDivergedError, match=r"at step [23] .*there is no checkpoint yet"):
+        train(tiny(tmp_path, lr=1e30, log_every=6, checkpoint_every=12))
+
+
+class Payload:
+    """Pickles to a call that would create a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.path,)
+
+
+def test_a_checkpoint_that_would_execute_code_is_refused(tmp_path: Path, uncut: Finished) -> None:
+    uncut.copy(tmp_path)
+    (tmp_path / "summary.json").unlink()
+    target = tmp_path / "executed"
+    harmful = pickle.dumps(Payload(target), protocol=2)
+    (tmp_path / "checkpoints" / "step-00000012" / "optimizer.pt").write_bytes(harmful)
+    with pytest.raises(ValueError, match="was refused"):
+        train(tiny(tmp_path))
+    assert not target.exists()
+
+
+def test_a_line_cut_off_in_the_log_is_dropped(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    for step in (3, 6, 9):
+        run.log({"step": step, "loss": 0.5})
+    with open(run.metrics, "a") as file:
+        file.write('{"step": 12, "lo')
+    run.rewind_metrics(6)
+    assert [line["step"] for line in run.logged()] == [3, 6]
+    run.rewind_metrics(6)
+    assert [line["step"] for line in run.logged()] == [3, 6]
+
+
+def test_provenance_names_versions_and_no_path() -> None:
+    record = provenance("crate pretrain", "cpu")
+    assert record["versions"]["torch"].startswith(torch.__version__.partition("+")[0])
+    assert git_commit() == record["commit"]
+    assert str(Path.home()) not in json.dumps(record)
