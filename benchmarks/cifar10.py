@@ -1,17 +1,21 @@
-r"""CIFAR-10: CRATE-MAE beside a ViT-MAE of as many parameters, and one change at a time.
+r"""CIFAR-10: CRATE-MAE beside a ViT-MAE of as many parameters, and one change at a
+time.
 
-    python benchmarks/cifar10.py --data hf:PATH/cifar10-train.parquet
-    python benchmarks/cifar10.py --data hf:PATH/cifar10-train.parquet --group ablations --seeds 0 1
-    python benchmarks/cifar10.py --data hf:PATH/cifar10-train.parquet --group sweeps --seeds 0 1
-    python benchmarks/cifar10.py --data hf:PATH/cifar10-train.parquet --group rates --seeds 0
-    python benchmarks/cifar10.py --data hf:PATH/cifar10-train.parquet --variants crate vit --epochs 200 --device cuda
+    python benchmarks/cifar10.py --data hf:PATH/cifar10-train.parquet python
+    benchmarks/cifar10.py --data hf:PATH/cifar10-train.parquet --group ablations --seeds
+    0 1 python benchmarks/cifar10.py --data hf:PATH/cifar10-train.parquet --group sweeps
+    --seeds 0 1 python benchmarks/cifar10.py --data hf:PATH/cifar10-train.parquet
+    --group rates --seeds 0 python benchmarks/cifar10.py --data
+    hf:PATH/cifar10-train.parquet --variants crate vit --epochs 200 --device cuda
 
-Pretrains every variant once for each seed with the same budget, scores each run by completion, linear probes,
-neighbours and (in the comparison) fine-tuning, beside an untrained network and pixels, and writes every seed's figures.
-Runs go to ``--runs``; finished ones are reused, others continued.  The figures in ``results/`` come from two CPU cores:
-six epochs for the comparison (eight to thirteen minutes of one core a run); in batches of 64, half of one for each
-ablation and one for each sweep.  The group ``rates`` is how the learning rates of the comparison were found: its first
-300 steps, by their losses alone.
+Pretrains every variant once for each seed with the same budget, scores each run by
+completion, linear probes, neighbours and (in the comparison) fine-tuning, beside an
+untrained network and pixels, and writes every seed's figures. Runs go to ``--runs``;
+finished ones are reused, others continued.  The figures in ``results/`` come from two
+CPU cores: six epochs for the comparison (eight to thirteen minutes of one core a run);
+in batches of 64, half of one for each ablation and one for each sweep.  The group
+``rates`` is how the learning rates of the comparison were found: its first 300 steps,
+by their losses alone.
 """
 
 import argparse
@@ -41,7 +45,12 @@ from crate_core.model.files import save_model
 from crate_core.records import device_name, provenance, write_json
 from crate_core.training.pretrain import pretrain
 from crate_core.training.recipe import OPERATIONAL, PretrainConfig, image_size
-from crate_core.training.run_directory import RUN_FILE, PretrainResult, RunDirectory, result_of
+from crate_core.training.run_directory import (
+    RUN_FILE,
+    PretrainResult,
+    RunDirectory,
+    result_of,
+)
 from crate_core.training.yardsticks import reconstruction_by_ratio, some_pictures
 
 COMPARISON: Mapping[str, Mapping[str, Any]] = {
@@ -75,7 +84,9 @@ SWEEPS: Mapping[str, Mapping[str, Any]] = {
     "2 layers": {"model.depth": 2},
     "6 layers": {"model.depth": 6},
 }
-"""CRATE-MAE with one number of its design changed, and some parts; twice the budget of the ablations."""
+"""CRATE-MAE with one number of its design changed, and some parts; twice the budget of
+the ablations.
+"""
 
 LABELLED = 10_000
 """Labelled pictures that probes, neighbours and fine-tuning may see, of 50,000."""
@@ -84,7 +95,9 @@ FINETUNE: Mapping[str, Any] = {"epochs": 4.0, "warmup_epochs": 0.5, "precision":
 """Fine-tuning beside its defaults."""
 
 RATES: Mapping[str, Mapping[str, Any]] = {
-    f"{name}, rate {lr:g}": {**changes, "lr": lr} for name, changes in COMPARISON.items() for lr in (1e-3, 2e-3, 6e-3)
+    f"{name}, rate {lr:g}": {**changes, "lr": lr}
+    for name, changes in COMPARISON.items()
+    for lr in (1e-3, 2e-3, 6e-3)
 }
 """The comparison's two models at other learning rates (for 256 pictures)."""
 
@@ -110,10 +123,20 @@ GROUPS = {
 }
 
 
-def configure(changes: Mapping[str, Any], seed: int, output_dir: Path, options: argparse.Namespace) -> PretrainConfig:
+def configure(
+    changes: Mapping[str, Any], seed: int, output_dir: Path, options: argparse.Namespace
+) -> PretrainConfig:
     """The run of one variant; ``model.NAME`` changes a field of the model."""
-    own = {name: value for name, value in changes.items() if name != "preset" and not name.startswith("model.")}
-    inner = {name.removeprefix("model."): value for name, value in changes.items() if name.startswith("model.")}
+    own = {
+        name: value
+        for name, value in changes.items()
+        if name != "preset" and not name.startswith("model.")
+    }
+    inner = {
+        name.removeprefix("model."): value
+        for name, value in changes.items()
+        if name.startswith("model.")
+    }
     preset = changes.get("preset", "cifar10-tiny")
     batch_size = GROUPS[options.group].batch_size
     recipe = {
@@ -144,36 +167,59 @@ def started_from(run: Path) -> str:
 
 
 def save_half(run: Path, directory: Path) -> None:
-    """A run's model with its weights in float16: half the size, and loaded into a float32 model as they are."""
+    """A run's model with its weights in float16: half the size, and loaded into a
+    float32 model as they are.
+    """
     model = load_model(run)
     weights = {name: tensor.half() for name, tensor in model.state_dict().items()}
     save_model(directory, model.config.to_dict(), weights)
 
 
 def pictures_of(options: argparse.Namespace) -> ImageData:
-    """The data with fewer training pictures, evenly spaced: what probes, neighbours and fine-tuning may see."""
+    """The data with fewer training pictures, evenly spaced: what probes, neighbours and
+    fine-tuning may see.
+    """
     data = open_data(options.data)
-    chosen = np.linspace(0, len(data.train) - 1, min(LABELLED, len(data.train))).round().astype(int)
+    chosen = (
+        np.linspace(0, len(data.train) - 1, min(LABELLED, len(data.train)))
+        .round()
+        .astype(int)
+    )
     return replace(data, train=SelectedImages(data.train, chosen))
 
 
 def scores_of(
-    model: MaskedAutoencoder, data: ImageData, seed: int, fine_tuned: bool, fresh: bool = False
+    model: MaskedAutoencoder,
+    data: ImageData,
+    seed: int,
+    fine_tuned: bool,
+    fresh: bool = False,
 ) -> dict[str, Any]:
-    """What a model is worth: completion on held-out pictures, linear probes, neighbours, and fine-tuning."""
+    """What a model is worth: completion on held-out pictures, linear probes,
+    neighbours, and fine-tuning.
+    """
     started = time.perf_counter()
     held_out = some_pictures(data.held_out, model.config)
     mean_picture = some_pictures(data.train, model.config).mean(dim=0)
-    by_ratio = {score.mask_ratio: score for score in reconstruction_by_ratio(model, held_out, mean_picture)}
+    by_ratio = {
+        score.mask_ratio: score
+        for score in reconstruction_by_ratio(model, held_out, mean_picture)
+    }
     train, test = encode(model, data.train), encode(model, data.held_out)
     labels = train.labels, test.labels
     scores = {
         "reconstruction": [asdict(score) for score in by_ratio.values()],
         "loss_at_75": by_ratio[0.75].loss,
         "psnr_at_75": by_ratio[0.75].psnr,
-        "probe_accuracy": probe_accuracy(train.patch_mean, labels[0], test.patch_mean, labels[1], seed),
-        "probe_class_token": probe_accuracy(train.class_token, labels[0], test.class_token, labels[1], seed),
-        "neighbour_accuracy": neighbour_accuracy(train.patch_mean, labels[0], test.patch_mean, labels[1]),
+        "probe_accuracy": probe_accuracy(
+            train.patch_mean, labels[0], test.patch_mean, labels[1], seed
+        ),
+        "probe_class_token": probe_accuracy(
+            train.class_token, labels[0], test.class_token, labels[1], seed
+        ),
+        "neighbour_accuracy": neighbour_accuracy(
+            train.patch_mean, labels[0], test.patch_mean, labels[1]
+        ),
     }
     if fine_tuned:
         # Slower lower layers are for pretrained ones; fresh ones must all learn.
@@ -192,12 +238,16 @@ def pixel_scores(data: ImageData, config: FrameConfig) -> dict[str, float]:
     labels = np.asarray(data.train.labels), np.asarray(data.held_out.labels)
     return {
         "probe_accuracy": probe_accuracy(parts[0], labels[0], parts[1], labels[1], 0),
-        "neighbour_accuracy": neighbour_accuracy(parts[0], labels[0], parts[1], labels[1]),
+        "neighbour_accuracy": neighbour_accuracy(
+            parts[0], labels[0], parts[1], labels[1]
+        ),
     }
 
 
 def operations(model: MaskedAutoencoder) -> int:
-    """Floating-point operations of one training picture's forward pass, in a batch of 64, masking ratio 0.75."""
+    """Floating-point operations of one training picture's forward pass, in a batch of
+    64, masking ratio 0.75.
+    """
     images = torch.zeros(64, model.config.channels, *image_size(model.config))
     with operation_counter() as counter:
         model(images, 0.75)
@@ -205,25 +255,37 @@ def operations(model: MaskedAutoencoder) -> int:
 
 
 def trained(config: PretrainConfig, directory: Path) -> PretrainResult:
-    """The result of a run: the finished one that is there, if it is this run, else trained or continued now."""
+    """The result of a run: the finished one that is there, if it is this run, else
+    trained or continued now.
+    """
     run = RunDirectory(directory)
     if run.summary() is None:
         return pretrain(config, progress=False)
-    # A later version of the package may have more fields; those that both know must agree, but for where the data lies.
+    # A later version of the package may have more fields; those that both know must
+    # agree, but for where the data lies.
     recorded = json.loads((directory / RUN_FILE).read_text())["config"]
     wanted = json.loads(json.dumps(config.to_dict()))
     common = (recorded.keys() & wanted.keys()) - OPERATIONAL - {"data"}
     odd = [name for name in common if recorded[name] != wanted[name]]
     if odd:
-        raise ValueError(f"{directory} holds a finished run that differs in {sorted(odd)}")
+        raise ValueError(
+            f"{directory} holds a finished run that differs in {sorted(odd)}"
+        )
     return result_of(run)
 
 
 def record_of(
-    name: str, changes: Mapping[str, Any], seed: int, data: ImageData, options: argparse.Namespace
+    name: str,
+    changes: Mapping[str, Any],
+    seed: int,
+    data: ImageData,
+    options: argparse.Namespace,
 ) -> dict[str, Any]:
     """Train (or reuse) and score one run; its scores are kept beside it."""
-    directory = options.runs / f"{name.replace(',', '').replace(' ', '-')}-epochs-{options.epochs:g}-seed-{seed}"
+    directory = (
+        options.runs
+        / f"{name.replace(',', '').replace(' ', '-')}-epochs-{options.epochs:g}-seed-{seed}"
+    )
     result = trained(configure(changes, seed, directory, options), directory)
     if options.weights:
         save_half(directory, options.weights / f"{name}-seed{seed}")
@@ -243,29 +305,54 @@ def record_of(
     return {**record, **json.loads(kept.read_text())}
 
 
-def untrained_records(config: FrameConfig, data: ImageData, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The control: the same network with fresh weights, scored alike; of two seeds, one is also fine-tuned."""
+def untrained_records(
+    config: FrameConfig, data: ImageData, options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """The control: the same network with fresh weights, scored alike; of two seeds, one
+    is also fine-tuned.
+    """
     records = []
     for seed in options.seeds[:2]:
         kept = options.runs / f"untrained-{config.model_type}-seed-{seed}.json"
         if not kept.is_file():
-            write_json(kept, scores_of(untrained(config, seed).to(options.device), data, seed, not records, fresh=True))
+            write_json(
+                kept,
+                scores_of(
+                    untrained(config, seed).to(options.device),
+                    data,
+                    seed,
+                    not records,
+                    fresh=True,
+                ),
+            )
         records.append({"seed": seed, **json.loads(kept.read_text())})
     return records
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--data", required=True, help="as crate pretrain takes; torchvision:CIFAR10 downloads it")
+    parser.add_argument(
+        "--data",
+        required=True,
+        help="as crate pretrain takes; torchvision:CIFAR10 downloads it",
+    )
     parser.add_argument("--group", choices=GROUPS, default="comparison")
-    parser.add_argument("--variants", nargs="+", help="some of the group's; all unless given")
+    parser.add_argument(
+        "--variants", nargs="+", help="some of the group's; all unless given"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=float)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--runs", type=Path, default=Path("runs/cifar10"))
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--weights", type=Path, help="also save each model there, in float16")
-    parser.add_argument("--train-only", action="store_true", help="write no results, only finish the runs")
+    parser.add_argument(
+        "--weights", type=Path, help="also save each model there, in float16"
+    )
+    parser.add_argument(
+        "--train-only",
+        action="store_true",
+        help="write no results, only finish the runs",
+    )
     options = parser.parse_args()
     group = GROUPS[options.group]
     variants, options.epochs = group.variants, options.epochs or group.epochs
@@ -281,7 +368,10 @@ def main() -> None:
     models: dict[str, Any] = {}
     for name in names:
         config = configure(variants[name], 0, Path("unused"), options).model
-        runs = [record_of(name, variants[name], seed, data, options) for seed in options.seeds]
+        runs = [
+            record_of(name, variants[name], seed, data, options)
+            for seed in options.seeds
+        ]
         fresh = build_model(config)
         models[name] = {
             "changes": dict(variants[name]),
@@ -290,7 +380,10 @@ def main() -> None:
             "runs": runs,
         }
         if options.group == "comparison" and not options.train_only:
-            models[f"{name}, untrained"] = {**models[name], "runs": untrained_records(config, data, options)}
+            models[f"{name}, untrained"] = {
+                **models[name],
+                "runs": untrained_records(config, data, options),
+            }
     if options.train_only:
         return
     output = options.output or Path("results") / group.output

@@ -1,11 +1,14 @@
-r"""Digits, pretrained and probed over seeds: the figures of the book's first training chapter.
+r"""Digits, pretrained and probed over seeds: the figures of the book's first training
+chapter.
 
     python benchmarks/digits.py                      # results/digits-pretrain.json
-    python benchmarks/digits.py --seeds 0 1 2 3 --mask-ratio 0.5 --output results/digits-ratio-0.5.json
+    python benchmarks/digits.py --seeds 0 1 2 3 --mask-ratio 0.5 --output
+    results/digits-ratio-0.5.json
 
-Pretrains the ``digits`` preset once for each seed (minutes each on two CPU cores), evaluates each run as
-``crate evaluate`` does, and writes the losses and accuracies of every seed with their means, standard deviations over
-pretraining seeds, and provenance.  Runs go to ``--runs`` and are continued or reused when they are there.
+Pretrains the ``digits`` preset once for each seed (minutes each on two CPU cores),
+evaluates each run as ``crate evaluate`` does, and writes the losses and accuracies of
+every seed with their means, standard deviations over pretraining seeds, and provenance.
+Runs go to ``--runs`` and are continued or reused when they are there.
 """
 
 import argparse
@@ -22,7 +25,12 @@ import torch
 from crate_core.evaluation.evaluate import evaluate
 from crate_core.training.pretrain import pretrain
 from crate_core.training.recipe import PretrainConfig
-from crate_core.training.run_directory import RUN_FILE, device_name, provenance, write_json
+from crate_core.training.run_directory import (
+    RUN_FILE,
+    device_name,
+    provenance,
+    write_json,
+)
 
 
 def spread(values: list[float]) -> dict[str, Any]:
@@ -40,16 +48,23 @@ def started_from(run: Path) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Pretrain and probe the digits preset over seeds.")
+    parser = argparse.ArgumentParser(
+        description="Pretrain and probe the digits preset over seeds."
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--mask-ratio", type=float, default=0.75)
     parser.add_argument("--probe-seeds", type=int, default=5)
     parser.add_argument("--runs", type=Path, default=Path("runs/benchmark-digits"))
-    parser.add_argument("--output", type=Path, default=Path("results/digits-pretrain.json"))
+    parser.add_argument(
+        "--output", type=Path, default=Path("results/digits-pretrain.json")
+    )
     options = parser.parse_args()
 
     # Taken now: a checkout can move on while the runs go on.
-    origin = provenance(shlex.join(["python", "benchmarks/digits.py", *sys.argv[1:]]), device_name(torch.device("cpu")))
+    origin = provenance(
+        shlex.join(["python", "benchmarks/digits.py", *sys.argv[1:]]),
+        device_name(torch.device("cpu")),
+    )
     runs = []
     for seed in options.seeds:
         config = PretrainConfig.from_preset(
@@ -71,7 +86,10 @@ def main() -> None:
     first = runs[0][1]
     probes = {
         row: {
-            column: spread([record["linear_probe"][row][column]["mean"] for _, record, _ in runs]) for column in columns
+            column: spread(
+                [record["linear_probe"][row][column]["mean"] for _, record, _ in runs]
+            )
+            for column in columns
         }
         for row, columns in first["linear_probe"].items()
     }
@@ -99,8 +117,16 @@ def main() -> None:
     options.output.parent.mkdir(parents=True, exist_ok=True)
     write_json(options.output, content)
     for row, columns in probes.items():
-        print(f"{row:28}" + "".join(f"{100 * s['mean']:8.1f} ± {100 * s['std']:.1f}" for s in columns.values()))
-    print(f"train loss {content['train_loss']}, held out {content['held_out_loss']}; written to {options.output}")
+        print(
+            f"{row:28}"
+            + "".join(
+                f"{100 * s['mean']:8.1f} ± {100 * s['std']:.1f}"
+                for s in columns.values()
+            )
+        )
+    print(
+        f"train loss {content['train_loss']}, held out {content['held_out_loss']}; written to {options.output}"
+    )
 
 
 if __name__ == "__main__":

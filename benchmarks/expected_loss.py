@@ -1,10 +1,13 @@
-r"""The band of normal training losses of a preset, from the metrics logs of unchanged runs over seeds.
+r"""The band of normal training losses of a preset, from the metrics logs of unchanged
+runs over seeds.
 
-    python benchmarks/expected_loss.py --preset digits                        # trains what is missing: 3 x 2.5 minutes
-    python benchmarks/expected_loss.py --preset cifar10-tiny --from runs/cifar10/crate-epochs-6-seed-*
+    python benchmarks/expected_loss.py --preset digits                        # trains
+    what is missing: 3 x 2.5 minutes python benchmarks/expected_loss.py --preset
+    cifar10-tiny --from runs/cifar10/crate-epochs-6-seed-*
 
-Writes ``results/expected-loss.json`` (bands and where they come from) and ``crate_core/training/expected_loss.json`` (the
-bands alone, which the package carries so that a run can say whether its loss is normal).  Other presets' bands stay.
+Writes ``results/expected-loss.json`` (bands and where they come from) and
+``crate_core/training/expected_loss.json`` (the bands alone, which the package carries
+so that a run can say whether its loss is normal).  Other presets' bands stay.
 """
 
 import argparse
@@ -20,13 +23,23 @@ import torch
 from crate_core.training.expected import EXPECTED_FILE, loss_band, unchanged
 from crate_core.training.pretrain import pretrain
 from crate_core.training.recipe import PretrainConfig, total_steps
-from crate_core.training.run_directory import RUN_FILE, RunDirectory, device_name, provenance, write_json
+from crate_core.training.run_directory import (
+    RUN_FILE,
+    RunDirectory,
+    device_name,
+    provenance,
+    write_json,
+)
 
 RESULTS = Path("results/expected-loss.json")
 
 
-def finished(run: Path, preset: str) -> tuple[PretrainConfig, int, list[dict[str, Any]]]:
-    """Configuration, training pictures and log of a finished run of the preset; exits with a message otherwise."""
+def finished(
+    run: Path, preset: str
+) -> tuple[PretrainConfig, int, list[dict[str, Any]]]:
+    """Configuration, training pictures and log of a finished run of the preset; exits
+    with a message otherwise.
+    """
     record = json.loads((run / RUN_FILE).read_text())
     config = PretrainConfig.from_dict(record["config"])
     pictures = record["identity"]["training pictures"]
@@ -50,20 +63,34 @@ def bands_in(path: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Normal training losses of a preset, from logs over seeds.")
+    parser = argparse.ArgumentParser(
+        description="Normal training losses of a preset, from logs over seeds."
+    )
     parser.add_argument("--preset", default="digits")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--runs", type=Path, default=Path("runs/expected-loss"))
-    parser.add_argument("--from", dest="directories", type=Path, nargs="+", help="finished runs; nothing is trained")
+    parser.add_argument(
+        "--from",
+        dest="directories",
+        type=Path,
+        nargs="+",
+        help="finished runs; nothing is trained",
+    )
     options = parser.parse_args()
 
-    command = without_folders(shlex.join(["python", "benchmarks/expected_loss.py", *sys.argv[1:]]))
+    command = without_folders(
+        shlex.join(["python", "benchmarks/expected_loss.py", *sys.argv[1:]])
+    )
     origin = provenance(command, device_name(torch.device("cpu")))
     directories = options.directories
     if directories is None:
-        directories = [options.runs / f"{options.preset}-seed-{seed}" for seed in options.seeds]
+        directories = [
+            options.runs / f"{options.preset}-seed-{seed}" for seed in options.seeds
+        ]
         for seed, directory in zip(options.seeds, directories, strict=True):
-            config = PretrainConfig.from_preset(options.preset, seed=seed, device="cpu", output_dir=str(directory))
+            config = PretrainConfig.from_preset(
+                options.preset, seed=seed, device="cpu", output_dir=str(directory)
+            )
             pretrain(config, progress=sys.stderr.isatty())
     runs = [finished(directory, options.preset) for directory in directories]
     counts = {pictures for _, pictures, _ in runs}
@@ -82,13 +109,20 @@ def main() -> None:
     evidence = {
         **band,
         "last_line": [log[-1]["loss"] for log in logs],
-        "runs": [{name: start[name] for name in ("command", "commit", "device", "versions")} for start in starts],
+        "runs": [
+            {name: start[name] for name in ("command", "commit", "device", "versions")}
+            for start in starts
+        ],
         **origin,
     }
     write_json(RESULTS, {"presets": {**bands_in(RESULTS), options.preset: evidence}})
-    write_json(EXPECTED_FILE, {"presets": {**bands_in(EXPECTED_FILE), options.preset: band}})
+    write_json(
+        EXPECTED_FILE, {"presets": {**bands_in(EXPECTED_FILE), options.preset: band}}
+    )
     for point in band["points"]:
-        print(f"epoch {point['epoch']:9.3f}   {point['low']:.3f} to {point['high']:.3f}")
+        print(
+            f"epoch {point['epoch']:9.3f}   {point['low']:.3f} to {point['high']:.3f}"
+        )
     print(f"written to {RESULTS} and {EXPECTED_FILE.name} in the package")
 
 

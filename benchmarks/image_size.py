@@ -1,10 +1,13 @@
-r"""Seconds of a training step against the size of the picture, to 1,024 pixels, beside what the operations predict.
+r"""Seconds of a training step against the size of the picture, to 1,024 pixels, beside
+what the operations predict.
 
     OMP_NUM_THREADS=2 python benchmarks/image_size.py --size tiny
 
-One picture, the package's model and the plain transcription with stored attention weights, in turn, with equal weights;
-the transcription only where the weights that it stores fit in ``--limit`` bytes.  Predicted are the operations of
-``crate_core.model.cost`` over the speed of a large product, measured in the same run.  Writes ``results/image-size.json``.
+One picture, the package's model and the plain transcription with stored attention
+weights, in turn, with equal weights; the transcription only where the weights that it
+stores fit in ``--limit`` bytes.  Predicted are the operations of
+``crate_core.model.cost`` over the speed of a large product, measured in the same run.
+Writes ``results/image-size.json``.
 """
 
 import argparse
@@ -23,7 +26,9 @@ from crate_core.records import device_name, provenance, write_json
 
 
 def stored_bytes(model: CrateMAE, patches: int) -> int:
-    """Bytes of attention weights that the plain form keeps: inner products, scaled ones and softmax of each layer."""
+    """Bytes of attention weights that the plain form keeps: inner products, scaled ones
+    and softmax of each layer.
+    """
     layers = model.config.depth + model.config.decoder_layers
     return 3 * 4 * layers * model.config.heads * (patches + 1) ** 2
 
@@ -31,7 +36,9 @@ def stored_bytes(model: CrateMAE, patches: int) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--size", default="tiny")
-    parser.add_argument("--sides", type=int, nargs="+", default=[224, 384, 512, 768, 1024])
+    parser.add_argument(
+        "--sides", type=int, nargs="+", default=[224, 384, 512, 768, 1024]
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--limit", type=float, default=8e9)
     parser.add_argument("--output", type=Path, default=Path("results/image-size.json"))
@@ -53,23 +60,35 @@ def main() -> None:
         for turn in range(options.repeats + 1):  # the first warms up
             for name, (module, forward) in entries.items():
                 module.zero_grad()
-                taken = watch(lambda forward=forward, images=images, noise=noise: forward(images, noise)[0].backward())
+                taken = watch(
+                    lambda forward=forward, images=images, noise=noise: forward(
+                        images, noise
+                    )[0].backward()
+                )
                 if turn:
                     seconds[name].append(taken)
         row: dict[str, Any] = {
             "pixels": side,
             "patches": patches,
             "operations": operations(model.config, 1, patches).total,
-            "seconds": {name: statistics.median(times) for name, times in seconds.items()},
+            "seconds": {
+                name: statistics.median(times) for name, times in seconds.items()
+            },
         }
         rows.append(row)
-        print(side, patches, {name: round(value, 3) for name, value in row["seconds"].items()}, flush=True)
+        print(
+            side,
+            patches,
+            {name: round(value, 3) for name, value in row["seconds"].items()},
+            flush=True,
+        )
     content = {
         "size": options.size,
         "ceilings": ceilings(watch, torch.float32),
         "rows": rows,
         "provenance": provenance(
-            shlex.join(["python", "benchmarks/image_size.py", *sys.argv[1:]]), device_name(device)
+            shlex.join(["python", "benchmarks/image_size.py", *sys.argv[1:]]),
+            device_name(device),
         ),
     }
     write_json(options.output, content)

@@ -1,10 +1,12 @@
-r"""The full-size path for a few hundred steps: throughput, memory, and a loss that goes down.
+r"""The full-size path for a few hundred steps: throughput, memory, and a loss that goes
+down.
 
-    python benchmarks/imagenet_proof.py --data folder:PATH/imagenet --steps 300 --batch-size 256 --device cuda --compile
-    python benchmarks/imagenet_proof.py --data folder:PATH/imagenet --steps 2 --batch-size 2 --device cpu    # a trial
+    python benchmarks/imagenet_proof.py --data folder:PATH/imagenet --steps 300
+    --batch-size 256 --device cuda --compile python benchmarks/imagenet_proof.py --data
+    folder:PATH/imagenet --steps 2 --batch-size 2 --device cpu    # a trial
 
-``imagenet-base`` with a smaller batch and a warm-up of a tenth of the steps; everything else is the preset.  Writes
-``results/imagenet-proof.json``.
+``imagenet-base`` with a smaller batch and a warm-up of a tenth of the steps; everything
+else is the preset.  Writes ``results/imagenet-proof.json``.
 """
 
 import argparse
@@ -23,11 +25,19 @@ from crate_core.model.budget import state_bytes
 from crate_core.model.cost import operations
 from crate_core.training.pretrain import pretrain
 from crate_core.training.recipe import PretrainConfig
-from crate_core.training.run_directory import TIMING_FILE, RunDirectory, device_name, provenance, write_json
+from crate_core.training.run_directory import (
+    TIMING_FILE,
+    RunDirectory,
+    device_name,
+    provenance,
+    write_json,
+)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="A few hundred steps of the full-size recipe.")
+    parser = argparse.ArgumentParser(
+        description="A few hundred steps of the full-size recipe."
+    )
     parser.add_argument("--data", required=True, help="as crate pretrain's --data")
     parser.add_argument("--preset", default="imagenet-base")
     parser.add_argument("--steps", type=int, default=300)
@@ -37,11 +47,17 @@ def main() -> None:
     parser.add_argument("--precision", default="bf16")
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--output", type=Path, default=Path("results/imagenet-proof.json"))
+    parser.add_argument(
+        "--output", type=Path, default=Path("results/imagenet-proof.json")
+    )
     options = parser.parse_args()
-    shown = ["--data" if a == "--data" else Path(a).name if "/" in a else a for a in sys.argv[1:]]
+    shown = [
+        "--data" if a == "--data" else Path(a).name if "/" in a else a
+        for a in sys.argv[1:]
+    ]
     origin = provenance(
-        shlex.join(["python", "benchmarks/imagenet_proof.py", *shown]), device_name(torch.device(options.device))
+        shlex.join(["python", "benchmarks/imagenet_proof.py", *shown]),
+        device_name(torch.device(options.device)),
     )
     epochs = options.steps * options.batch_size / len(open_data(options.data).train)
     with tempfile.TemporaryDirectory() as scratch:
@@ -62,8 +78,12 @@ def main() -> None:
         )
         result = pretrain(config, progress=sys.stderr.isatty())
         log = RunDirectory(scratch).logged()
-        timing = [json.loads(line) for line in Path(scratch, TIMING_FILE).read_text().splitlines()]
-    settled = timing[len(timing) // 3 :]  # compilation and the first batches are not the run's pace
+        timing = [
+            json.loads(line)
+            for line in Path(scratch, TIMING_FILE).read_text().splitlines()
+        ]
+    # compilation and the first batches are not the run's pace
+    settled = timing[len(timing) // 3 :]
     speed = statistics.median(line["images_per_second"] for line in settled)
     model = config.model
     content = {
@@ -73,10 +93,13 @@ def main() -> None:
         "compile": options.compile,
         "steps": result.steps,
         "images_per_second": speed,
-        "operations_per_second": speed * operations(model, options.batch_size).needed / options.batch_size,
+        "operations_per_second": speed
+        * operations(model, options.batch_size).needed
+        / options.batch_size,
         "state_bytes_predicted": state_bytes(model),
         "peak_memory_bytes": timing[-1].get(
-            "peak_memory_bytes", 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            "peak_memory_bytes",
+            1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
         ),
         "loss": [line["loss"] for line in log],
         "trivial_loss": result.trivial.mean_picture,

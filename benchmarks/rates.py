@@ -1,10 +1,12 @@
-r"""R^c of all layers of a model on many images: batched Cholesky on the smaller side, beside a loop over determinants.
+r"""R^c of all layers of a model on many images: batched Cholesky on the smaller side,
+beside a loop over determinants.
 
     OMP_NUM_THREADS=2 python benchmarks/rates.py --images 64
 
-The loop takes, for each layer, image and head, log det(I + beta V V^T) of the n x n matrix by LU; the middle form does
-so for all heads and images of a layer at once.  The values of all are compared.  The projection onto the subspaces,
-which every form needs, is timed alone too: it bounds the gain.  Writes ``results/rates.json``.
+The loop takes, for each layer, image and head, log det(I + beta V V^T) of the n x n
+matrix by LU; the middle form does so for all heads and images of a layer at once.  The
+values of all are compared.  The projection onto the subspaces, which every form needs,
+is timed alone too: it bounds the gain.  Writes ``results/rates.json``.
 """
 
 import argparse
@@ -24,7 +26,9 @@ from crate_core.theory.rate import head_coordinates, subspace_beta, subspace_cod
 
 
 def rate_by_loop(z: Tokens, bases: Bases, eps: float) -> Scalars:
-    """R^c (B,) of tokens (B, n, d): one determinant of an n x n matrix for each image and head."""
+    """R^c (B,) of tokens (B, n, d): one determinant of an n x n matrix for each image
+    and head.
+    """
     n, rank = z.shape[-2], bases.shape[-1]
     beta = subspace_beta(n, rank, eps)
     identity = torch.eye(n)
@@ -39,7 +43,9 @@ def rate_by_loop(z: Tokens, bases: Bases, eps: float) -> Scalars:
 
 
 def rate_by_large_determinants(z: Tokens, bases: Bases, eps: float) -> Scalars:
-    """R^c (B,) of tokens (B, n, d): the n x n determinants of all images and heads at once."""
+    """R^c (B,) of tokens (B, n, d): the n x n determinants of all images and heads at
+    once.
+    """
     v = head_coordinates(z, bases)
     beta = subspace_beta(v.shape[-2], v.shape[-1], eps)
     return 0.5 * torch.logdet(torch.eye(v.shape[-2]) + beta * (v @ v.mT)).sum(-1)
@@ -55,11 +61,21 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     model = CrateMAE.from_preset(options.size)
-    images = torch.randn(options.images, model.config.channels, *(side * 16 for side in model.config.grid))
+    images = torch.randn(
+        options.images,
+        model.config.channels,
+        *(side * 16 for side in model.config.grid),
+    )
     with torch.inference_mode():
-        chunks = [model(part, output_hidden_states=True).hidden_states for part in images.split(8)]
+        chunks = [
+            model(part, output_hidden_states=True).hidden_states
+            for part in images.split(8)
+        ]
         layers = [
-            (layer.norm_attention(torch.cat([chunk[i] for chunk in chunks])), layer.attention.bases)
+            (
+                layer.norm_attention(torch.cat([chunk[i] for chunk in chunks])),
+                layer.attention.bases,
+            )
             for i, layer in enumerate(model.encoder)
         ]
         forms: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
@@ -77,9 +93,16 @@ def main() -> None:
             projecting.append(time.perf_counter() - start)
             for name, form in forms.items():
                 start = time.perf_counter()
-                values[name] = torch.stack([form(z, bases, options.eps) for z, bases in layers])
+                values[name] = torch.stack(
+                    [form(z, bases, options.eps) for z, bases in layers]
+                )
                 seconds[name].append(time.perf_counter() - start)
-        exact = torch.stack([subspace_coding_rate(z.double(), bases.double(), options.eps) for z, bases in layers[:2]])
+        exact = torch.stack(
+            [
+                subspace_coding_rate(z.double(), bases.double(), options.eps)
+                for z, bases in layers[:2]
+            ]
+        )
     slowest = min(seconds["loop over determinants"])
     record = {
         "size": options.size,
@@ -90,14 +113,17 @@ def main() -> None:
             name: {
                 "seconds": min(times),
                 "speedup": slowest / min(times),
-                "relative_error": float(((values[name][:2].double() - exact) / exact).abs().max()),
+                "relative_error": float(
+                    ((values[name][:2].double() - exact) / exact).abs().max()
+                ),
             }
             for name, times in seconds.items()
         },
         "projection_seconds": min(projecting),
         "largest_gain": slowest / min(projecting),
         "provenance": provenance(
-            shlex.join(["python", "benchmarks/rates.py", *sys.argv[1:]]), device_name(torch.device("cpu"))
+            shlex.join(["python", "benchmarks/rates.py", *sys.argv[1:]]),
+            device_name(torch.device("cpu")),
         ),
     }
     write_json(options.output, record)

@@ -1,7 +1,8 @@
-r"""Seconds that imports and the command line take, in fresh processes: ``python benchmarks/startup.py``.
+r"""Seconds that imports and the command line take, in fresh processes: ``python
+benchmarks/startup.py``.
 
-Each is run some times in turn after one run that warms the disk; the median is reported.  Writes
-``results/startup.json``.
+Each is run some times in turn after one run that warms the disk; the median is
+reported.  Writes ``results/startup.json``.
 """
 
 import argparse
@@ -35,13 +36,16 @@ def main() -> None:
     for round_ in range(1 + options.repeats):
         for name, program in PROGRAMS.items():
             start = time.perf_counter()
-            subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.DEVNULL)
+            subprocess.run(
+                [sys.executable, "-c", program], check=True, stdout=subprocess.DEVNULL
+            )
             if round_:
                 seconds[name].append(time.perf_counter() - start)
     record = {
         "seconds": {name: statistics.median(times) for name, times in seconds.items()},
         "provenance": provenance(
-            shlex.join(["python", "benchmarks/startup.py", *sys.argv[1:]]), device_name(torch.device("cpu"))
+            shlex.join(["python", "benchmarks/startup.py", *sys.argv[1:]]),
+            device_name(torch.device("cpu")),
         ),
     }
     write_json(options.output, record)

@@ -1,10 +1,13 @@
-r"""The supervised control: a CRATE encoder trained from scratch with labels, no masking.
+r"""The supervised control: a CRATE encoder trained from scratch with labels, no
+masking.
 
-    python benchmarks/supervised.py --data hf:PATH/cifar10-train.parquet --epochs 6 --seed 0 --output DIR
+    python benchmarks/supervised.py --data hf:PATH/cifar10-train.parquet --epochs 6
+    --seed 0 --output DIR
 
-Writes ``DIR/config.json`` and ``DIR/model.safetensors`` (a model that every tool here opens; its decoder is untrained)
-and ``DIR/summary.json`` (curve, held-out accuracy, provenance).  bf16 and compiled, on one core; ``--preset
-cifar10-tiny-vit`` trains the ViT instead, ``--precision fp32 --no-compile`` is the plain run.
+Writes ``DIR/config.json`` and ``DIR/model.safetensors`` (a model that every tool here
+opens; its decoder is untrained) and ``DIR/summary.json`` (curve, held-out accuracy,
+provenance).  bf16 and compiled, on one core; ``--preset cifar10-tiny-vit`` trains the
+ViT instead, ``--precision fp32 --no-compile`` is the plain run.
 """
 
 import argparse
@@ -18,16 +21,27 @@ from crate_core.data.named import open_data
 from crate_core.evaluation.finetune import FinetuneConfig, finetune
 from crate_core.evaluation.probe import untrained
 from crate_core.training.recipe import PretrainConfig
-from crate_core.training.run_directory import SUMMARY_FILE, device_name, provenance, write_json
+from crate_core.training.run_directory import (
+    SUMMARY_FILE,
+    device_name,
+    provenance,
+    write_json,
+)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--data", required=True, help="as crate pretrain takes")
-    parser.add_argument("--preset", default="cifar10-tiny", help="recipe whose model is trained")
+    parser.add_argument(
+        "--preset", default="cifar10-tiny", help="recipe whose model is trained"
+    )
     parser.add_argument("--epochs", type=float, default=6.0)
-    parser.add_argument("--lr", type=float, default=2e-3, help="base rate; the peak is lr * 256 / 256")
-    parser.add_argument("--seed", type=int, default=0, help="weights, order and augmentation")
+    parser.add_argument(
+        "--lr", type=float, default=2e-3, help="base rate; the peak is lr * 256 / 256"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="weights, order and augmentation"
+    )
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--device", default="cpu")
@@ -46,10 +60,20 @@ def main() -> None:
         precision=options.precision,
         compile=not options.no_compile,
     )
-    model = untrained(PretrainConfig.from_preset(options.preset).model, options.seed).to(options.device)
-    result = finetune(model, open_data(options.data), config, report=lambda line: print(line, flush=True))
+    model = untrained(
+        PretrainConfig.from_preset(options.preset).model, options.seed
+    ).to(options.device)
+    result = finetune(
+        model,
+        open_data(options.data),
+        config,
+        report=lambda line: print(line, flush=True),
+    )
     model.save_pretrained(options.output)
-    write_json(options.output / SUMMARY_FILE, {**result.to_dict(), "seed": options.seed, **origin})
+    write_json(
+        options.output / SUMMARY_FILE,
+        {**result.to_dict(), "seed": options.seed, **origin},
+    )
     print(f"saved in {options.output}")
 
 

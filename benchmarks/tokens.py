@@ -1,10 +1,13 @@
-r"""What tokens hold: rank, linearity and components of every model in a folder, beside their controls.
+r"""What tokens hold: rank, linearity and components of every model in a folder, beside
+their controls.
 
-    python benchmarks/tokens.py --data hf:PATH/cifar10-train.parquet        # results/tokens.json
-    python benchmarks/tokens.py --data hf:PATH/cifar10-train.parquet --models runs/mine --output mine.json
+    python benchmarks/tokens.py --data hf:PATH/cifar10-train.parquet        #
+    results/tokens.json python benchmarks/tokens.py --data hf:PATH/cifar10-train.parquet
+    --models runs/mine --output mine.json
 
-Measures held-out pictures of ``--data`` in the models of ``--models`` (folders NAME-seedN), in the same networks
-untrained, and in patches of pixels.  Needs no GPU and takes under two minutes of one core.
+Measures held-out pictures of ``--data`` in the models of ``--models`` (folders
+NAME-seedN), in the same networks untrained, and in patches of pixels.  Needs no GPU and
+takes under two minutes of one core.
 """
 
 import argparse
@@ -18,7 +21,11 @@ from segmentation import named_models
 from torch import Tensor
 
 from crate_core.data.named import open_data
-from crate_core.inspection.measures import entropy_rank, participation_ratio, token_spectrum
+from crate_core.inspection.measures import (
+    entropy_rank,
+    participation_ratio,
+    token_spectrum,
+)
 from crate_core.inspection.token_blends import interpolate_tokens
 from crate_core.inspection.tokens import midpoint_nonlinearity, token_pca, trace_tokens
 from crate_core.model.autoencoder import MaskedAutoencoder
@@ -48,21 +55,35 @@ def spectrum_record(tokens: Tensor) -> dict[str, Any]:
 
 
 def explained_by(features: Tensor, target: Tensor) -> Tensor:
-    """Share of the variance of each column of the target (n, c) that an affine map of the features (n, m) explains."""
+    """Share of the variance of each column of the target (n, c) that an affine map of
+    the features (n, m) explains.
+    """
     x = torch.cat([features, torch.ones(len(features), 1)], 1).double()
     y = target.double()
     residual = y - x @ torch.linalg.lstsq(x, y, driver="gelsd").solution
     return 1 - residual.square().sum(0) / (y - y.mean(0)).square().sum(0)
 
 
-def components_record(tokens: Tensor, images: Tensor, patch_size: int) -> dict[str, Any]:
-    """What the first three components are made of: position, the patch's own pixels, the picture's mean colour."""
+def components_record(
+    tokens: Tensor, images: Tensor, patch_size: int
+) -> dict[str, Any]:
+    """What the first three components are made of: position, the patch's own pixels,
+    the picture's mean colour.
+    """
     pca = token_pca(tokens)
     coordinates = pca.coordinates
     patches = patchify(images, patch_size)
     total = (coordinates - coordinates.mean((0, 1))).square().sum((0, 1))
-    position = (coordinates.mean(0) - coordinates.mean((0, 1))).square().sum(0) * len(coordinates) / total
-    picture = (coordinates.mean(1) - coordinates.mean((0, 1))).square().sum(0) * coordinates.shape[1] / total
+    position = (
+        (coordinates.mean(0) - coordinates.mean((0, 1))).square().sum(0)
+        * len(coordinates)
+        / total
+    )
+    picture = (
+        (coordinates.mean(1) - coordinates.mean((0, 1))).square().sum(0)
+        * coordinates.shape[1]
+        / total
+    )
     pixels = explained_by(patches.flatten(0, 1), coordinates.flatten(0, 1))
     return {
         name: [round(float(value), 4) for value in values]
@@ -81,7 +102,9 @@ def record_of(model: MaskedAutoencoder, images: Tensor) -> dict[str, Any]:
     between = interpolate_tokens(model, first, second, (0.0, 0.5))
     return {
         "spectrum": [spectrum_record(tokens) for tokens in states],
-        "spectrum_without_positions": [spectrum_record(without_positions(tokens)) for tokens in states],
+        "spectrum_without_positions": [
+            spectrum_record(without_positions(tokens)) for tokens in states
+        ],
         "components": components_record(states[-1], images, model.config.patch_size),
         "components_without_positions": components_record(
             without_positions(states[-1]), images, model.config.patch_size
@@ -90,23 +113,34 @@ def record_of(model: MaskedAutoencoder, images: Tensor) -> dict[str, Any]:
             "mean": [round(float(value), 4) for value in nonlinearity.mean(1)],
             "std_over_pairs": [round(float(value), 4) for value in nonlinearity.std(1)],
         },
-        # Mean squared errors of pixels in [0, 1]; the variance of the pictures is the scale.
+        # Mean squared errors of pixels in [0, 1]; the variance of the pictures is the
+        # scale.
         "decoded_own": round(float((between.tokens[0] - first).square().mean()), 5),
-        "decoded_blend_of_tokens": round(float((between.tokens[1] - between.blend[1]).square().mean()), 5),
-        "decoded_tokens_of_blend": round(float((between.pixels[1] - between.blend[1]).square().mean()), 5),
+        "decoded_blend_of_tokens": round(
+            float((between.tokens[1] - between.blend[1]).square().mean()), 5
+        ),
+        "decoded_tokens_of_blend": round(
+            float((between.pixels[1] - between.blend[1]).square().mean()), 5
+        ),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--data", required=True, help="as crate pretrain takes; held-out pictures are measured")
+    parser.add_argument(
+        "--data",
+        required=True,
+        help="as crate pretrain takes; held-out pictures are measured",
+    )
     parser.add_argument("--models", type=Path, default=Path("results/weights"))
     parser.add_argument("--pictures", type=int, default=256)
     parser.add_argument("--untrained-seeds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("results/tokens.json"))
     options = parser.parse_args()
     if not options.models.is_dir():
-        parser.error(f"{options.models} is no folder; --models takes a folder of NAME-seedN")
+        parser.error(
+            f"{options.models} is no folder; --models takes a folder of NAME-seedN"
+        )
 
     command = shlex.join(["python", "benchmarks/tokens.py", *sys.argv[1:]])
     origin = provenance(command, device_name(torch.device("cpu")))
@@ -115,10 +149,16 @@ def main() -> None:
     for kind, seed, model in named_models(options.models, options.untrained_seeds):
         images = some_pictures(data.held_out, model.config, options.pictures)
         record = records.setdefault(kind, {})[str(seed)] = record_of(model, images)
-        ranks = [layer["entropy_rank"] for layer in record["spectrum_without_positions"]]
-        print(f"{kind} {seed}: nonlinearity {record['nonlinearity']['mean']}, ranks {ranks}")
+        ranks = [
+            layer["entropy_rank"] for layer in record["spectrum_without_positions"]
+        ]
+        print(
+            f"{kind} {seed}: nonlinearity {record['nonlinearity']['mean']}, ranks {ranks}"
+        )
     if not records:
-        parser.error(f"{options.models} holds no model; folders NAME-seedN with config.json are looked for")
+        parser.error(
+            f"{options.models} holds no model; folders NAME-seedN with config.json are looked for"
+        )
     patches = patchify(images, model.config.patch_size)
     content = {
         "description": data.description,

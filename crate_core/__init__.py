@@ -1,7 +1,7 @@
 """The package that the book *CRATE-MAE, executed* builds chapter by chapter.
 
-Names are imported from their modules when they are first used, so that ``import crate_core`` costs nothing and the
-command line answers without torch.
+Names are imported from their modules when they are first used, so that ``import
+crate_core`` costs nothing and the command line answers without torch.
 """
 
 from importlib import import_module
@@ -34,7 +34,9 @@ if TYPE_CHECKING:
     from crate_core.theory.denoise import project as project
     from crate_core.theory.denoise import project_nearest as project_nearest
     from crate_core.theory.denoise import tweedie as tweedie
-    from crate_core.theory.diffusion import exact_structured_flow as exact_structured_flow
+    from crate_core.theory.diffusion import (
+        exact_structured_flow as exact_structured_flow,
+    )
     from crate_core.theory.diffusion import forward_noising as forward_noising
     from crate_core.theory.diffusion import probability_flow as probability_flow
     from crate_core.theory.diffusion import reverse_sde as reverse_sde
@@ -43,7 +45,9 @@ if TYPE_CHECKING:
     from crate_core.theory.law import contraction_bound as contraction_bound
     from crate_core.theory.law import denoising_cosine as denoising_cosine
     from crate_core.theory.law import denoising_cosine_law as denoising_cosine_law
-    from crate_core.theory.mixture import LowRankGaussianMixture as LowRankGaussianMixture
+    from crate_core.theory.mixture import (
+        LowRankGaussianMixture as LowRankGaussianMixture,
+    )
     from crate_core.theory.mixture import MixtureSample as MixtureSample
     from crate_core.theory.mixture import coherence as coherence
     from crate_core.theory.mixture import random_bases as random_bases
@@ -53,7 +57,9 @@ if TYPE_CHECKING:
     from crate_core.theory.rate import rate_reduction as rate_reduction
     from crate_core.theory.rate import sparse_rate_reduction as sparse_rate_reduction
     from crate_core.theory.rate import subspace_coding_rate as subspace_coding_rate
-    from crate_core.theory.rate import subspace_coding_rate_grad as subspace_coding_rate_grad
+    from crate_core.theory.rate import (
+        subspace_coding_rate_grad as subspace_coding_rate_grad,
+    )
 
 EXPORTS = {
     "model.attention": (

@@ -1,7 +1,7 @@
 r"""The ``crate`` command: pretrain, evaluate, reconstruct, inspect, convert.
 
-What a subcommand needs is imported when it runs.  Bad input ends in one line on stderr and exit code 2, a run
-that failed on its way in exit code 1; neither shows a traceback.
+What a subcommand needs is imported when it runs.  Bad input ends in one line on stderr
+and exit code 2, a run that failed on its way in exit code 1; neither shows a traceback.
 
 Book: :ref:`ch-first-training`.
 """
@@ -48,9 +48,11 @@ def parse(
     default: Command | None = None,
     positional: bool = False,
 ) -> Command:
-    """Arguments as an instance of a dataclass, through tyro; required ones by position if ``positional``.
+    """Arguments as an instance of a dataclass, through tyro; required ones by position
+    if ``positional``.
 
-    Raises ``UsageError`` in one line where tyro prints a box, ``SystemExit(0)`` after ``--help``.
+    Raises ``UsageError`` in one line where tyro prints a box, ``SystemExit(0)`` after
+    ``--help``.
     """
     import tyro
 
@@ -62,8 +64,12 @@ def parse(
                 kind,
                 prog=f"crate {name}",
                 args=list(arguments),
-                # A default says which of several dataclasses a field holds: no subcommand for it.
-                config=(tyro.conf.AvoidSubcommands, *((tyro.conf.PositionalRequiredArgs,) if positional else ())),
+                # A default says which of several dataclasses a field holds: no
+                # subcommand for it.
+                config=(
+                    tyro.conf.AvoidSubcommands,
+                    *((tyro.conf.PositionalRequiredArgs,) if positional else ()),
+                ),
                 **options,
             )
     except SystemExit as end:
@@ -76,7 +82,9 @@ def box_text(box: str) -> str:
     """The first paragraph in a box that tyro drew, as one line."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", box)
     body = [line.strip("│ ") for line in text.splitlines() if line.startswith("│")]
-    paragraph = body[: next((i for i, line in enumerate(body) if set(line) <= {"─"}), len(body))]
+    paragraph = body[
+        : next((i for i, line in enumerate(body) if set(line) <= {"─"}), len(body))
+    ]
     return " ".join(paragraph) or " ".join(text.split())
 
 
@@ -92,10 +100,16 @@ def option(arguments: Sequence[str], name: str) -> str | None:
 
 
 def pick_device(device: str) -> str:
-    """``auto`` as the best device there is; ``ValueError`` if the one asked for is not there."""
+    """``auto`` as the best device there is; ``ValueError`` if the one asked for is not
+    there.
+    """
     import torch
 
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    available = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+    }
     if device == "auto":
         return next(name for name in ("cuda", "mps", "cpu") if available[name])
     if not available[device]:
@@ -119,7 +133,12 @@ def run_pretrain(arguments: Sequence[str], command: str) -> None:
 def run_evaluate(arguments: Sequence[str], command: str) -> None:
     """``crate evaluate``."""
     options = parse(Evaluate, "evaluate", arguments)
-    from crate_core.evaluation.evaluate import EVALUATION_FILE, evaluate, save_evaluation, table
+    from crate_core.evaluation.evaluate import (
+        EVALUATION_FILE,
+        evaluate,
+        save_evaluation,
+        table,
+    )
     from crate_core.evaluation.finetune import FinetuneConfig
 
     fine_tuning = (
@@ -147,7 +166,9 @@ def run_evaluate(arguments: Sequence[str], command: str) -> None:
         workers=options.workers,
         command=command,
     )
-    directory = Path(options.checkpoint) if Path(options.checkpoint).is_dir() else Path()
+    directory = (
+        Path(options.checkpoint) if Path(options.checkpoint).is_dir() else Path()
+    )
     path = Path(options.output) if options.output else directory / EVALUATION_FILE
     save_evaluation(record, path)
     print("\n".join(table(record)))
@@ -179,9 +200,17 @@ def run_reconstruct(arguments: Sequence[str], command: str) -> None:
     else:
         source = open_data(options.data).held_out
         pictures = some_pictures(source, model.config, options.count)
-    noise = mask_noise(options.seed, 0, len(pictures), math.prod(model.config.grid), Stream.EVALUATION_MASK)
+    noise = mask_noise(
+        options.seed,
+        0,
+        len(pictures),
+        math.prod(model.config.grid),
+        Stream.EVALUATION_MASK,
+    )
     save_reconstructions(options.output, model, pictures, options.mask_ratio, noise)
-    print(f"{len(pictures)} pictures with {options.mask_ratio:.0%} of the patches removed, saved in {options.output}")
+    print(
+        f"{len(pictures)} pictures with {options.mask_ratio:.0%} of the patches removed, saved in {options.output}"
+    )
 
 
 def run_inspect(arguments: Sequence[str], command: str) -> None:
@@ -215,7 +244,9 @@ def run_convert(arguments: Sequence[str], command: str) -> None:
     model = CrateMAE.from_reference(options.reference, heads=options.heads)
     model.save_pretrained(options.output_dir)
     parameters = sum(p.numel() for p in model.parameters())
-    print(f"{parameters:,} parameters saved in {options.output_dir}: config.json, model.safetensors")
+    print(
+        f"{parameters:,} parameters saved in {options.output_dir}: config.json, model.safetensors"
+    )
 
 
 COMMANDS: dict[str, Callable[[Sequence[str], str], None]] = {
@@ -228,30 +259,43 @@ COMMANDS: dict[str, Callable[[Sequence[str], str], None]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0 done, 1 failed on its way, 2 bad input, 130
-    interrupted.
+    """Run the command line; returns the exit code: 0 done, 1 failed on its way, 2 bad
+    input, 130 interrupted.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given:
-        return fail(f"crate: give a command: {', '.join(COMMANDS)}; crate --help says more", 2)
+        return fail(
+            f"crate: give a command: {', '.join(COMMANDS)}; crate --help says more", 2
+        )
     if given[0] in ("-h", "--help", "help"):
         print(USAGE, end="")
         return 0
     name, rest = given[0], given[1:]
     if name not in COMMANDS:
-        return fail(f"crate: unknown command {name!r}; accepted are {', '.join(COMMANDS)}", 2)
+        return fail(
+            f"crate: unknown command {name!r}; accepted are {', '.join(COMMANDS)}", 2
+        )
     try:
         COMMANDS[name](rest, shlex.join(["crate", *given]))
     except SystemExit as end:  # after --help
         return int(end.code or 0)
     except KeyboardInterrupt:
-        return fail(f"crate {name}: interrupted; the same command again continues a pretraining run", 130)
+        return fail(
+            f"crate {name}: interrupted; the same command again continues a pretraining run",
+            130,
+        )
     except ModuleNotFoundError as error:
-        return fail(f"crate {name}: {error}; it comes with the extra: pip install 'crate-core[train]'", 1)
+        return fail(
+            f"crate {name}: {error}; it comes with the extra: pip install 'crate-core[train]'",
+            1,
+        )
     except ArithmeticError as error:
         return fail(f"crate {name}: {error}", 1)
     except (ValueError, OSError) as error:
-        return fail(f"crate {name}: error: {error}", 1 if type(error).__name__ == "CheckpointError" else 2)
+        return fail(
+            f"crate {name}: error: {error}",
+            1 if type(error).__name__ == "CheckpointError" else 2,
+        )
     return 0
 
 

@@ -1,4 +1,5 @@
-r"""What the book's chapters share: checked claims, source listings, one figure style, and a player for motion.
+r"""What the book's chapters share: checked claims, source listings, one figure style,
+and a player for motion.
 
 Needs the ``book`` extra (matplotlib, IPython).  Book: :ref:`ch-notation`.
 """
@@ -27,8 +28,19 @@ from pygments.lexers import PythonLexer
 
 from crate_core.shapes import Images
 
-SUBSPACE_COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#5E4FA2"]
-"""Colour of subspace k, everywhere in the book (Okabe-Ito first: readable by colour-blind readers)."""
+SUBSPACE_COLORS = [
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#8C6D31",
+    "#5E4FA2",
+]
+"""Colour of subspace k, everywhere in the book (Okabe-Ito first: readable by
+colour-blind readers).
+"""
 
 SUBSPACE_MARKERS = ["o", "s", "^", "D", "v", "P", "X", "*"]
 """Marker of subspace k, so that figures read in grey too."""
@@ -49,14 +61,25 @@ COLORS = {
     "pixels": "#E69F00",
     "bad": "#B2182B",
 }
-"""One colour a meaning: the clean signal, noise, the exact gradient, softmax attention, the posterior mean, ..."""
+"""One colour a meaning: the clean signal, noise, the exact gradient, softmax attention,
+the posterior mean, ...
+"""
 
-CLAIM_KINDS = ("proved", "symbolic", "numerical", "counterexample", "small scale", "not reproduced")
+CLAIM_KINDS = (
+    "proved",
+    "symbolic",
+    "numerical",
+    "counterexample",
+    "small scale",
+    "not reproduced",
+)
 """How a claim of the book is known; see the page *Claims ledger*."""
 
 
 def use_style() -> None:
-    """Set the book's figure style: sizes, fonts, grids, the subspace colour cycle, a white background."""
+    """Set the book's figure style: sizes, fonts, grids, the subspace colour cycle, a
+    white background.
+    """
     plt.rcParams.update(
         {
             "figure.figsize": (7.0, 3.6),
@@ -84,7 +107,9 @@ def use_style() -> None:
 
 
 class _Rendered:
-    """Something with an HTML form for the page and a plain form for terminals and print."""
+    """Something with an HTML form for the page and a plain form for terminals and
+    print.
+    """
 
     def __init__(self, as_html: str, as_text: str) -> None:
         self.as_html = as_html
@@ -98,7 +123,9 @@ class _Rendered:
 
 
 def math_to_html(text: str) -> str:
-    r"""Escape text for HTML, turn ``$...$`` into ``\(...\)`` for MathJax and back-quoted words into ``<code>``."""
+    r"""Escape text for HTML, turn ``$...$`` into ``\(...\)`` for MathJax and
+    back-quoted words into ``<code>``.
+    """
     pieces = re.split(r"(\$[^$]+\$|`[^`]+`)", text)
     rendered = []
     for piece in pieces:
@@ -111,8 +138,17 @@ def math_to_html(text: str) -> str:
     return "".join(rendered)
 
 
-def claim(label: str, statement: str, *, conditions: str, kind: str, evidence: str, holds: bool | None = None) -> None:
-    """Assert a claim of the text and show it as a box; the claims ledger collects these from the pages.
+def claim(
+    label: str,
+    statement: str,
+    *,
+    conditions: str,
+    kind: str,
+    evidence: str,
+    holds: bool | None = None,
+) -> None:
+    """Assert a claim of the text and show it as a box; the claims ledger collects these
+    from the pages.
 
     Parameters
     ----------
@@ -121,7 +157,8 @@ def claim(label: str, statement: str, *, conditions: str, kind: str, evidence: s
     conditions : where it holds.
     kind : one of ``CLAIM_KINDS``.
     evidence : how it is checked.
-    holds : the outcome of the check.  Only a claim of kind "not reproduced" goes without one.
+    holds : the outcome of the check.  Only a claim of kind "not reproduced" goes
+        without one.
 
     Raises
     ------
@@ -135,9 +172,13 @@ def claim(label: str, statement: str, *, conditions: str, kind: str, evidence: s
     if kind not in CLAIM_KINDS:
         raise ValueError(f"kind must be one of {CLAIM_KINDS}, got {kind!r}")
     if (holds is None) != (kind == "not reproduced"):
-        raise ValueError(f"{label}: a claim of kind {kind!r} {'has no' if holds is not None else 'needs its'} outcome")
+        raise ValueError(
+            f"{label}: a claim of kind {kind!r} {'has no' if holds is not None else 'needs its'} outcome"
+        )
     if holds is not None and not bool(holds):
-        raise AssertionError(f"claim {label} does not hold: {statement} (conditions: {conditions}; check: {evidence})")
+        raise AssertionError(
+            f"claim {label} does not hold: {statement} (conditions: {conditions}; check: {evidence})"
+        )
     css = kind.replace(" ", "-")
     box = (
         f'<div class="claim claim-{css}" id="{html.escape(label)}" role="note">'
@@ -145,11 +186,16 @@ def claim(label: str, statement: str, *, conditions: str, kind: str, evidence: s
         f'<p class="claim-detail"><b>When:</b> {math_to_html(conditions)} '
         f"<b>Checked:</b> {math_to_html(evidence)}</p></div>"
     )
-    display(_Rendered(box, f"[{kind}] {statement}\n  when: {conditions}\n  checked: {evidence}"))
+    display(
+        _Rendered(
+            box, f"[{kind}] {statement}\n  when: {conditions}\n  checked: {evidence}"
+        )
+    )
 
 
 def source_without_docstring(thing: Callable[..., Any] | type | ModuleType) -> str:
-    """The source of a function, class or module, its own docstring left out (the chapter says what it would).
+    """The source of a function, class or module, its own docstring left out (the
+    chapter says what it would).
 
     Book: :ref:`ch-notation`.
     """
@@ -171,15 +217,27 @@ def source_without_docstring(thing: Callable[..., Any] | type | ModuleType) -> s
 
 
 def show_source(*things: Callable[..., Any] | type) -> None:
-    """Show the package's own source of functions or classes, docstrings left out.  Book: :ref:`ch-notation`."""
+    """Show the package's own source of functions or classes, docstrings left out.
+    Book: :ref:`ch-notation`.
+    """
     code = "\n\n\n".join(source_without_docstring(thing) for thing in things)
-    where = ", ".join(dict.fromkeys(f"{thing.__module__.replace('.', '/')}.py" for thing in things))
-    body = highlight(code, PythonLexer(), HtmlFormatter(cssclass="highlight crate-source"))
-    display(_Rendered(f'<p class="crate-source-file">{where}</p>{body}', f"# {where}\n{code}"))
+    where = ", ".join(
+        dict.fromkeys(f"{thing.__module__.replace('.', '/')}.py" for thing in things)
+    )
+    body = highlight(
+        code, PythonLexer(), HtmlFormatter(cssclass="highlight crate-source")
+    )
+    display(
+        _Rendered(
+            f'<p class="crate-source-file">{where}</p>{body}', f"# {where}\n{code}"
+        )
+    )
 
 
 def figure_png(figure: Figure, dpi: int) -> bytes:
-    """A figure as a PNG with a palette of at most 64 colours (small enough to embed many); the figure is closed."""
+    """A figure as a PNG with a palette of at most 64 colours (small enough to embed
+    many); the figure is closed.
+    """
     from PIL import Image
 
     raw = io.BytesIO()
@@ -187,7 +245,9 @@ def figure_png(figure: Figure, dpi: int) -> bytes:
     plt.close(figure)
     raw.seek(0)
     packed = io.BytesIO()
-    Image.open(raw).convert("RGB").quantize(colors=64, dither=Image.Dither.NONE).save(packed, "PNG", optimize=True)
+    Image.open(raw).convert("RGB").quantize(colors=64, dither=Image.Dither.NONE).save(
+        packed, "PNG", optimize=True
+    )
     return packed.getvalue()
 
 
@@ -224,14 +284,17 @@ def player(
     still: int = -1,
     dpi: int = 90,
 ) -> None:
-    """Show motion: a still picture with a play button and a slider, in one static piece of HTML, offline.
+    """Show motion: a still picture with a play button and a slider, in one static piece
+    of HTML, offline.
 
     Nothing moves until the reader asks for it; print and plain text show the still.
 
     Parameters
     ----------
-    draw : ``draw(i)`` returns the figure of frame i, all of one size; figures are closed here.
-    labels : what the reader sees beside the slider at each frame ("t = 0.10"); one frame a label.
+    draw : ``draw(i)`` returns the figure of frame i, all of one size; figures are
+        closed here.
+    labels : what the reader sees beside the slider at each frame ("t = 0.10"); one
+        frame a label.
     alt : text for readers who do not see the picture: what moves, and what comes of it.
     fps : frames a second.
     still : index of the frame shown first.
@@ -247,9 +310,13 @@ def player(
     if not labels or not alt:
         raise ValueError("a player needs at least one frame and an alt text")
     pictures = [figure_png(draw(index), dpi) for index in range(len(labels))]
-    urls = ["data:image/png;base64," + base64.b64encode(picture).decode() for picture in pictures]
+    urls = [
+        "data:image/png;base64," + base64.b64encode(picture).decode()
+        for picture in pictures
+    ]
     start = still % len(urls)
-    width = int.from_bytes(pictures[start][16:20], "big")  # the PNG header's width field
+    # the PNG header's width field
+    width = int.from_bytes(pictures[start][16:20], "big")
     code = _PLAYER.format(
         id=f"player-{uuid.uuid5(uuid.NAMESPACE_OID, alt).hex[:10]}",
         alt=html.escape(alt, quote=True),
@@ -266,9 +333,11 @@ def player(
 
 
 def photo_crops(count: int, size: int, seed: int = 0) -> Images:
-    """Square crops of the two photographs that scikit-learn ships (a temple, a flower), brought to one size.
+    """Square crops of the two photographs that scikit-learn ships (a temple, a flower),
+    brought to one size.
 
-    The side of a crop is uniform between an eighth of the photograph's height and all of it.
+    The side of a crop is uniform between an eighth of the photograph's height and all
+    of it.
 
     Parameters
     ----------
@@ -285,13 +354,19 @@ def photo_crops(count: int, size: int, seed: int = 0) -> Images:
     from PIL import Image
     from sklearn.datasets import load_sample_image
 
-    photographs = [Image.fromarray(load_sample_image(name)) for name in ("china.jpg", "flower.jpg")]
+    photographs = [
+        Image.fromarray(load_sample_image(name)) for name in ("china.jpg", "flower.jpg")
+    ]
     generator = np.random.default_rng(seed)
     crops = []
     for index in range(count):
         photograph = photographs[index % 2]
         side = int(generator.integers(photograph.height // 8, photograph.height + 1))
-        left, top = (int(generator.integers(0, length - side + 1)) for length in photograph.size)
-        crop = photograph.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.BICUBIC)
+        left, top = (
+            int(generator.integers(0, length - side + 1)) for length in photograph.size
+        )
+        crop = photograph.crop((left, top, left + side, top + side)).resize(
+            (size, size), Image.Resampling.BICUBIC
+        )
         crops.append(np.asarray(crop, dtype=np.float32) / 255)
     return torch.from_numpy(np.stack(crops)).movedim(-1, 1).contiguous()

@@ -1,4 +1,5 @@
-"""Options of the ``crate`` command beside those of ``pretrain``; their docstrings are what ``--help`` shows.
+"""Options of the ``crate`` command beside those of ``pretrain``; their docstrings are
+what ``--help`` shows.
 
 Book: :ref:`ch-evaluation`.
 """
@@ -11,17 +12,24 @@ Device = Literal["auto", "cpu", "cuda", "mps"]
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Linear probes, nearest neighbours and fine-tuning of a checkpoint beside their controls, and reconstruction.
+    """Linear probes, nearest neighbours and fine-tuning of a checkpoint beside their
+    controls, and reconstruction.
 
     Writes evaluation.json beside the checkpoint and prints it as a table.
     """
 
     checkpoint: str
-    """Directory of a saved model (such as a run's output directory), a bundled name, or a Hugging Face Hub id."""
+    """Directory of a saved model (such as a run's output directory), a bundled name, or
+    a Hugging Face Hub id.
+    """
     data: str | None = None
-    """digits, folder:PATH, torchvision:NAME, hf:NAME-OR-PARQUET-PATH; None takes the data of the run."""
+    """digits, folder:PATH, torchvision:NAME, hf:NAME-OR-PARQUET-PATH; None takes the
+    data of the run.
+    """
     seeds: int = 5
-    """Probes of each kind; a seed draws the few labels, validation splits and untrained weights."""
+    """Probes of each kind; a seed draws the few labels, validation splits and untrained
+    weights.
+    """
     labels_per_class: int = 5
     """Labels a class in the column of few labels."""
     mask_ratios: tuple[float, ...] = (0.25, 0.5, 0.75, 0.875)
@@ -31,7 +39,9 @@ class Evaluate:
     neighbours: bool = True
     """Let nearest neighbours vote."""
     finetune_epochs: float = 0.0
-    """Also fine-tune for so many epochs, beside the same network from scratch, once for each seed."""
+    """Also fine-tune for so many epochs, beside the same network from scratch, once for
+    each seed.
+    """
     finetune_lr: float = 1e-3
     """Base learning rate of fine-tuning; the peak is this times batch size over 256."""
     finetune_batch_size: int = 256
@@ -70,9 +80,11 @@ class Reconstruct:
 
 @dataclass(frozen=True)
 class Inspect:
-    """What the layers, tokens and heads of a checkpoint do, beside the same network untrained: one HTML page.
+    """What the layers, tokens and heads of a checkpoint do, beside the same network
+    untrained: one HTML page.
 
-    Without --images and --data: held-out digits, or photographs that scikit-learn ships, as the model's channels ask.
+    Without --images and --data: held-out digits, or photographs that scikit-learn
+    ships, as the model's channels ask.
     """
 
     checkpoint: str

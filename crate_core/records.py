@@ -1,4 +1,5 @@
-r"""Where a number comes from: command, commit, device, versions, time; and JSON files that are whole or absent.
+r"""Where a number comes from: command, commit, device, versions, time; and JSON files
+that are whole or absent.
 
 Book: :ref:`ch-first-training`.
 """
@@ -18,32 +19,53 @@ import torch
 
 from crate_core.model.files import atomic_write
 
-PACKAGES = ("crate-core", "torch", "numpy", "scikit-learn", "accelerate", "safetensors", "torchvision")
+PACKAGES = (
+    "crate-core",
+    "torch",
+    "numpy",
+    "scikit-learn",
+    "accelerate",
+    "safetensors",
+    "torchvision",
+)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON whole or not at all.  ``ValueError`` for NaN and infinities, which JSON does not have."""
+    """Write JSON whole or not at all.  ``ValueError`` for NaN and infinities, which
+    JSON does not have.
+    """
     atomic_write(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
 
 
 def git_commit() -> str:
-    """Commit of the checkout that this package runs from, ``+changes`` if it was edited, else
-    ``"uncommitted"``.
+    """Commit of the checkout that this package runs from, ``+changes`` if it was
+    edited, else ``"uncommitted"``.
     """
     root = Path(__file__).resolve().parents[1]
 
     def git(*arguments: str) -> str:
-        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            ["git", "-C", str(root), *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         return done.stdout.strip() if done.returncode == 0 else ""
 
-    if shutil.which("git") is None or not (root / ".git").exists() or not (commit := git("rev-parse", "HEAD")):
+    if (
+        shutil.which("git") is None
+        or not (root / ".git").exists()
+        or not (commit := git("rev-parse", "HEAD"))
+    ):
         return "uncommitted"
-    return commit + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+    return commit + (
+        "+changes" if git("status", "--porcelain", "--untracked-files=no") else ""
+    )
 
 
 def provenance(command: str, device: str) -> dict[str, Any]:
-    """Where a number comes from: command, commit, device, versions, time (UTC).  Names no machine and no
-    path.
+    """Where a number comes from: command, commit, device, versions, time (UTC).  Names
+    no machine and no path.
     """
 
     def version(package: str) -> str:
@@ -57,14 +79,23 @@ def provenance(command: str, device: str) -> dict[str, Any]:
         "commit": git_commit(),
         "device": device,
         "threads": torch.get_num_threads(),
-        "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
+        "versions": {
+            "python": platform.python_version(),
+            **{package: version(package) for package in PACKAGES},
+        },
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
 def device_name(device: torch.device) -> str:
-    """A device in words: the GPU's name, or the processor's architecture and core count."""
+    """A device in words: the GPU's name, or the processor's architecture and core
+    count.
+    """
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = (
+        len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count()
+    )
     return f"{device.type} ({platform.machine()}, {cores} cores)"

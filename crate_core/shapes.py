@@ -1,8 +1,9 @@
 r"""Array-type aliases: the notation table in code.
 
-Tokens are rows in code, shape ``(..., n, d)``, and columns in the text, :math:`Z \in \mathbb{R}^{d \times n}`.
-The aliases below name every array that crosses a public signature.  They are annotations: nothing is checked in
-ordinary use; ``make test`` checks them with beartype.
+Tokens are rows in code, shape ``(..., n, d)``, and columns in the text, :math:`Z \in
+\mathbb{R}^{d \times n}`. The aliases below name every array that crosses a public
+signature.  They are annotations: nothing is checked in ordinary use; ``make test``
+checks them with beartype.
 
 ========= ============================================================
 axis      meaning
@@ -43,7 +44,9 @@ Heads = Float[Tensor, "*batch K n p"]
 """Tokens seen by each subspace: the coordinates U_k^T z as rows."""
 
 AttentionWeights = Float[Tensor, "*batch K n n"]
-"""Row-stochastic attention: entry (i, j) is the weight of token j in the output of token i."""
+"""Row-stochastic attention: entry (i, j) is the weight of token j in the output of
+token i.
+"""
 
 Dictionary = Float[Tensor, "d m"]
 """Dictionary with m atoms as columns; m = d when complete."""
@@ -97,7 +100,9 @@ PatchSelection = Bool[Tensor, "L"]
 """Some places of the patch grid, the same in every image."""
 
 HeadMaps = Float[Tensor, "B K h w"]
-"""One map a head (or another source of maps) and picture, on the grid of patches or on pixels."""
+"""One map a head (or another source of maps) and picture, on the grid of patches or on
+pixels.
+"""
 
 PixelMaps = Float[Tensor, "B K H W"]
 """Such maps on pixels, where maps on the grid of patches are there too."""

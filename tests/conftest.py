@@ -1,4 +1,6 @@
-"""What all tests share: threads, repeatable hypothesis examples, and the order (the book last)."""
+"""What all tests share: threads, repeatable hypothesis examples, and the order (the
+book last).
+"""
 
 import os
 import sys
@@ -9,19 +11,29 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "book" / "_ext"))  # the book's own Sphinx extensions are tested too
+# the book's own Sphinx extensions are tested too
+sys.path.insert(0, str(ROOT / "book" / "_ext"))
 
 # The same examples in every run; a failure found once is found again.
-hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, print_blob=True)
+hypothesis.settings.register_profile(
+    "repeatable", derandomize=True, deadline=None, print_blob=True
+)
 hypothesis.settings.load_profile("repeatable")
 
-# Tests that run side by side take one thread each; small tensors gain nothing from more.
-torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
+# Tests that run side by side take one thread each; small tensors gain nothing from
+# more.
+torch.set_num_threads(
+    1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1)
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Unit tests first, then the book's build, then its pages."""
-    items.sort(key=lambda item: [item.get_closest_marker(mark) is not None for mark in ("site", "book")])
+    items.sort(
+        key=lambda item: [
+            item.get_closest_marker(mark) is not None for mark in ("site", "book")
+        ]
+    )
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,6 @@
-"""The ``crate`` command: each subcommand end to end, and bad input answered in one line."""
+"""The ``crate`` command: each subcommand end to end, and bad input answered in one
+line.
+"""
 
 import json
 import os
@@ -17,7 +19,16 @@ from crate_core.model.crate import CrateMAE
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = CrateMAEConfig.preset("digits", dim=16, depth=1, heads=2)
-TINY_OPTIONS = ["--model.dim", "16", "--model.depth", "1", "--model.heads", "2", "--batch-size", "16"]
+TINY_OPTIONS = [
+    "--model.dim",
+    "16",
+    "--model.depth",
+    "1",
+    "--model.heads",
+    "2",
+    "--batch-size",
+    "16",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -40,10 +51,24 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_help_imports_nothing_heavy() -> None:
-    heavy = ["accelerate", "torchvision", "sklearn", "matplotlib", "tyro", "datasets", "PIL"]
+    heavy = [
+        "accelerate",
+        "torchvision",
+        "sklearn",
+        "matplotlib",
+        "tyro",
+        "datasets",
+        "PIL",
+    ]
     code = "import sys; from crate_core.cli import main; main(['--help']); "
     code += f"print([m for m in {heavy} if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    )
     assert done.stdout.splitlines()[-1] == "[]"
 
 
@@ -64,15 +89,31 @@ BAD = [
     (["evaluate", "--checkpoint", "model"], "--data"),
     (["evaluate", "--checkpoint", "other", "--data", "digits"], "vit_mae"),
     (["reconstruct", "--checkpoint", "model"], "either --images FILE ... or --data"),
-    (["reconstruct", "--checkpoint", "model", "--images", "a.png"], "there is no file a.png"),
-    (["reconstruct", "--checkpoint", "model", "--data", "digits", "--mask-ratio", "2"], "mask_ratio"),
+    (
+        ["reconstruct", "--checkpoint", "model", "--images", "a.png"],
+        "there is no file a.png",
+    ),
+    (
+        [
+            "reconstruct",
+            "--checkpoint",
+            "model",
+            "--data",
+            "digits",
+            "--mask-ratio",
+            "2",
+        ],
+        "mask_ratio",
+    ),
     (["convert", "reference.pth"], "OUTDIR"),
     (["convert", "nowhere.pth", "out"], "nowhere.pth"),
     (["convert", "text.pth", "out"], "text.pth was refused"),
 ]
 
 
-@pytest.mark.parametrize(("arguments", "message"), BAD, ids=[" ".join(a) for a, _ in BAD])
+@pytest.mark.parametrize(
+    ("arguments", "message"), BAD, ids=[" ".join(a) for a, _ in BAD]
+)
 def test_bad_input_is_one_line_and_exit_code_two(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -91,7 +132,18 @@ def test_bad_input_is_one_line_and_exit_code_two(
 
 
 def test_from_pretraining_to_pictures(capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["pretrain", *TINY_OPTIONS, "--output-dir", "run", "--max-steps", "3", "--seed", "7", "--lr", "0.02"]
+    command = [
+        "pretrain",
+        *TINY_OPTIONS,
+        "--output-dir",
+        "run",
+        "--max-steps",
+        "3",
+        "--seed",
+        "7",
+        "--lr",
+        "0.02",
+    ]
     assert main(command) == 0
     said = capsys.readouterr()
     assert "loss to beat" in said.out
@@ -99,7 +151,11 @@ def test_from_pretraining_to_pictures(capsys: pytest.CaptureFixture[str]) -> Non
     assert "3/3" in said.err  # the progress bar
     record = json.loads(Path("run/run.json").read_text())
     assert record["starts"][0]["command"] == "crate " + " ".join(command)
-    assert (record["config"]["seed"], record["config"]["lr"], record["config"]["model"]["dim"]) == (7, 0.02, 16)
+    assert (
+        record["config"]["seed"],
+        record["config"]["lr"],
+        record["config"]["model"]["dim"],
+    ) == (7, 0.02, 16)
     assert main(command) == 0
     assert "is finished: 3 steps are done" in capsys.readouterr().out
     assert main([*command, "--lr", "0.01"]) == 2
@@ -109,7 +165,15 @@ def test_from_pretraining_to_pictures(capsys: pytest.CaptureFixture[str]) -> Non
         folder = Path("pictures") / ("dark", "light")[i % 2]
         folder.mkdir(parents=True, exist_ok=True)
         Image.new("L", (8, 8), 100 * (i % 2) + 4 * i).save(folder / f"{i}.png")
-    evaluation_command = ["evaluate", "--checkpoint", "run", "--data", "folder:pictures", "--seeds", "1"]
+    evaluation_command = [
+        "evaluate",
+        "--checkpoint",
+        "run",
+        "--data",
+        "folder:pictures",
+        "--seeds",
+        "1",
+    ]
     assert main([*evaluation_command, "--device", "cpu", "--mask-ratios", "0.5"]) == 0
     said = capsys.readouterr()
     assert "raw pixels" in said.out
@@ -119,9 +183,35 @@ def test_from_pretraining_to_pictures(capsys: pytest.CaptureFixture[str]) -> Non
     assert [score["mask_ratio"] for score in evaluation["reconstruction"]] == [0.5]
 
     Image.new("RGB", (30, 20), (200, 10, 10)).save("photo.jpg")
-    assert main(["reconstruct", "--checkpoint", "run", "--images", "photo.jpg", "--output", "one.png"]) == 0
     assert (
-        main(["reconstruct", "--checkpoint", "run", "--data", "digits", "--count", "3", "--output", "three.png"]) == 0
+        main(
+            [
+                "reconstruct",
+                "--checkpoint",
+                "run",
+                "--images",
+                "photo.jpg",
+                "--output",
+                "one.png",
+            ]
+        )
+        == 0
+    )
+    assert (
+        main(
+            [
+                "reconstruct",
+                "--checkpoint",
+                "run",
+                "--data",
+                "digits",
+                "--count",
+                "3",
+                "--output",
+                "three.png",
+            ]
+        )
+        == 0
     )
     with Image.open("one.png") as one, Image.open("three.png") as three:
         assert one.width == three.width
@@ -132,7 +222,11 @@ def reference_state(model: CrateMAE) -> dict[str, Tensor]:
     """A model's weights under the names of the authors' code."""
     size, channels = model.config.patch_size, model.config.channels
     ours = model.state_dict()
-    kernel = ours["patch_embedding.weight"].unflatten(1, (size, size, channels)).permute(0, 3, 1, 2)
+    kernel = (
+        ours["patch_embedding.weight"]
+        .unflatten(1, (size, size, channels))
+        .permute(0, 3, 1, 2)
+    )
     theirs = {
         "patch_embed.proj.weight": kernel,
         "patch_embed.proj.bias": ours["patch_embedding.bias"],
@@ -144,7 +238,9 @@ def reference_state(model: CrateMAE) -> dict[str, Tensor]:
     }
     names = {"encoder_norm": "norm", "decoder_norm": "decoder_norm"}
     for mine, name in names.items():
-        theirs |= {f"{name}.{part}": ours[f"{mine}.{part}"] for part in ("weight", "bias")}
+        theirs |= {
+            f"{name}.{part}": ours[f"{mine}.{part}"] for part in ("weight", "bias")
+        }
     attention = {
         "project.weight": "fn.qkv.weight",
         "output.weight": "fn.to_out.0.weight",
@@ -156,10 +252,19 @@ def reference_state(model: CrateMAE) -> dict[str, Tensor]:
     ):
         for layer in range(model.config.depth):
             for place, part in enumerate((first, second)):
-                start, own = f"{prefix}blocks.{layer}.layers.0.{place}.", f"{side}.{layer}."
-                theirs |= {f"{start}norm.{p}": ours[f"{own}norm_{part}.{p}"] for p in ("weight", "bias")}
+                start, own = (
+                    f"{prefix}blocks.{layer}.layers.0.{place}.",
+                    f"{side}.{layer}.",
+                )
+                theirs |= {
+                    f"{start}norm.{p}": ours[f"{own}norm_{part}.{p}"]
+                    for p in ("weight", "bias")
+                }
                 if part == "attention":
-                    theirs |= {start + name: ours[f"{own}attention.{mine}"] for mine, name in attention.items()}
+                    theirs |= {
+                        start + name: ours[f"{own}attention.{mine}"]
+                        for mine, name in attention.items()
+                    }
                 else:
                     theirs[f"{start}fn.weight"] = ours[f"{own}{part}.weight"]
     return theirs
@@ -175,8 +280,24 @@ def test_convert_writes_a_model_that_loads(capsys: pytest.CaptureFixture[str]) -
         assert torch.equal(converted[name], tensor), name
 
 
-def test_a_run_that_fails_on_its_way_is_exit_code_one(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["pretrain", *TINY_OPTIONS, "--output-dir", "run", "--max-steps", "8", "--lr", "1e30"]) == 1
+def test_a_run_that_fails_on_its_way_is_exit_code_one(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert (
+        main(
+            [
+                "pretrain",
+                *TINY_OPTIONS,
+                "--output-dir",
+                "run",
+                "--max-steps",
+                "8",
+                "--lr",
+                "1e30",
+            ]
+        )
+        == 1
+    )
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("crate pretrain:")
     assert "learning rate" in last

@@ -1,4 +1,6 @@
-"""The shape of the package: who imports whom, how long files are, what a light import costs, what is committed."""
+"""The shape of the package: who imports whom, how long files are, what a light import
+costs, what is committed.
+"""
 
 import ast
 import importlib
@@ -95,25 +97,37 @@ def imported_modules(path: Path) -> set[str]:
             assert node.level == 0, f"{path.name}: imports are absolute"
             if node.module and node.module.split(".")[0] == "crate_core":
                 source = node.module.removeprefix("crate_core").removeprefix(".")
-                names = {f"{source}.{alias.name}".removeprefix(".") for alias in node.names}
+                names = {
+                    f"{source}.{alias.name}".removeprefix(".") for alias in node.names
+                }
                 found |= {source} if source in MODULES else names
         elif isinstance(node, ast.Import):
             found |= {
-                alias.name.removeprefix("crate_core.") for alias in node.names if alias.name.startswith("crate_core.")
+                alias.name.removeprefix("crate_core.")
+                for alias in node.names
+                if alias.name.startswith("crate_core.")
             }
-            assert all(alias.name != "crate_core" for alias in node.names), f"{path.name}: imports its own package"
+            assert all(alias.name != "crate_core" for alias in node.names), (
+                f"{path.name}: imports its own package"
+            )
     return found
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_module_imports_only_from_above(module: str) -> None:
     assert module in ORDER, f"{module} has no place in ORDER"
-    late = {name for name in imported_modules(module_path(module)) if ORDER.index(name) >= ORDER.index(module)}
+    late = {
+        name
+        for name in imported_modules(module_path(module))
+        if ORDER.index(name) >= ORDER.index(module)
+    }
     assert not late, f"{module} imports {sorted(late)}, which come after it"
 
 
 def explicit_reexports() -> dict[str, str]:
-    """Name -> module of the re-exports that type checkers and readers see in ``__init__.py``."""
+    """Name -> module of the re-exports that type checkers and readers see in
+    ``__init__.py``.
+    """
     checked = [
         node
         for node in ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf8")).body
@@ -122,22 +136,33 @@ def explicit_reexports() -> dict[str, str]:
     assert len(checked) == 1
     found = {}
     for node in checked[0].body:
-        assert isinstance(node, ast.ImportFrom), f"line {node.lineno}: nothing but re-exports"
-        assert all(alias.asname == alias.name for alias in node.names), f"line {node.lineno}: from x import X as X"
+        assert isinstance(node, ast.ImportFrom), (
+            f"line {node.lineno}: nothing but re-exports"
+        )
+        assert all(alias.asname == alias.name for alias in node.names), (
+            f"line {node.lineno}: from x import X as X"
+        )
         assert node.module is not None
         found |= {alias.name: node.module for alias in node.names}
     return found
 
 
 def test_init_only_reexports_explicitly() -> None:
-    # The package imports a name's module when the name is first used; what it then gives is what the re-exports say.
+    # The package imports a name's module when the name is first used; what it then
+    # gives is what the re-exports say.
     import crate_core
 
     explicit = explicit_reexports()
-    assert {name: f"crate_core.{m}" for m, names in crate_core.EXPORTS.items() for name in names} == explicit
+    assert {
+        name: f"crate_core.{m}"
+        for m, names in crate_core.EXPORTS.items()
+        for name in names
+    } == explicit
     assert crate_core.__all__ == sorted(explicit)
     for name, module in explicit.items():
-        assert getattr(crate_core, name) is getattr(importlib.import_module(module), name)
+        assert getattr(crate_core, name) is getattr(
+            importlib.import_module(module), name
+        )
     assert {*explicit, "EXPORTS"} <= set(dir(crate_core))
 
 
@@ -156,7 +181,13 @@ def test_the_package_refuses_names_that_it_does_not_have() -> None:
 def loaded_after(code: str, wanted: list[str]) -> list[str]:
     """Those of the wanted modules that a fresh Python has loaded after this code."""
     code = f"{code}; import json, sys; print(json.dumps([m for m in {wanted!r} if m in sys.modules]))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -168,8 +199,11 @@ def test_a_star_import_brings_all_names() -> None:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_no_postponed_annotations(module: str) -> None:
-    # Shape annotations are checked by their values, so they must be there when a function is defined.
-    assert "from __future__ import annotations" not in (module_path(module)).read_text(encoding="utf8")
+    # Shape annotations are checked by their values, so they must be there when a
+    # function is defined.
+    assert "from __future__ import annotations" not in (module_path(module)).read_text(
+        encoding="utf8"
+    )
 
 
 def test_import_is_light() -> None:
@@ -205,16 +239,31 @@ def committed_files() -> list[Path]:
     """Files that git tracks or would track."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
     try:
-        listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        listed = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout
     except (FileNotFoundError, subprocess.CalledProcessError):
         pytest.skip("not a git clone, or no git")
-    return [ROOT / name for name in listed.split("\0") if name and (ROOT / name).is_file()]
+    return [
+        ROOT / name for name in listed.split("\0") if name and (ROOT / name).is_file()
+    ]
 
 
 def test_nothing_machine_specific_is_committed() -> None:
     # Each pattern is split so that this file does not contain it.
-    folders = ["/ro" + "ot/", "/ho" + "me/[a-z]", "/wo" + "rk/", "/Us" + "ers/", r"[A-Z]:\\U" + "sers"]
-    registries = ["py" + r"pi\.org", "python" + r"hosted\.org", "registry" + r"\.npmjs", "deb" + r"\.debian\.org"]
+    folders = [
+        "/ro" + "ot/",
+        "/ho" + "me/[a-z]",
+        "/wo" + "rk/",
+        "/Us" + "ers/",
+        r"[A-Z]:\\U" + "sers",
+    ]
+    registries = [
+        "py" + r"pi\.org",
+        "python" + r"hosted\.org",
+        "registry" + r"\.npmjs",
+        "deb" + r"\.debian\.org",
+    ]
     unwanted = re.compile("|".join(folders + registries))
     found = []
     for path in committed_files():
@@ -222,11 +271,18 @@ def test_nothing_machine_specific_is_committed() -> None:
             text = path.read_text(encoding="utf8")
         except UnicodeDecodeError:
             continue  # pictures and weights
-        found += [f"{path.relative_to(ROOT)}: {match[0]}" for match in unwanted.finditer(text)]
+        found += [
+            f"{path.relative_to(ROOT)}: {match[0]}" for match in unwanted.finditer(text)
+        ]
     assert not found
 
 
 def test_no_notebooks_with_outputs_and_no_third_party_scripts_are_committed() -> None:
     names = [path.relative_to(ROOT).as_posix() for path in committed_files()]
-    assert [name for name in names if name.endswith((".ipynb", ".js", ".woff", ".woff2", ".ttf"))] == []
-    assert [name for name in names if name.startswith("_static/")] == []  # Jupyter Book would inject it everywhere
+    assert [
+        name
+        for name in names
+        if name.endswith((".ipynb", ".js", ".woff", ".woff2", ".ttf"))
+    ] == []
+    # Jupyter Book would inject it everywhere
+    assert [name for name in names if name.startswith("_static/")] == []

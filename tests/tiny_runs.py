@@ -10,10 +10,20 @@ from crate_core.training.recipe import PretrainConfig
 ROOT = Path(__file__).resolve().parents[1]
 TINY = CrateMAEConfig.preset("digits", dim=16, depth=1, heads=2)
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-"""Of processes that tests start: one thread, as the tests have while bits are compared."""
+"""Of processes that tests start: one thread, as the tests have while bits are compared.
+"""
 
 FLAGS = [
-    *("--device", "cpu", "--model.dim", "16", "--model.depth", "1", "--model.heads", "2"),
+    *(
+        "--device",
+        "cpu",
+        "--model.dim",
+        "16",
+        "--model.depth",
+        "1",
+        "--model.heads",
+        "2",
+    ),
     *("--batch-size", "16", "--warmup-epochs", "1"),
 ]
 """The small model on the command line."""
@@ -41,11 +51,17 @@ def train(config: PretrainConfig) -> list[str]:
     return said
 
 
-def contents(directory: Path, names: tuple[str, ...] = ("model.safetensors", "metrics.jsonl")) -> dict[str, bytes]:
+def contents(
+    directory: Path, names: tuple[str, ...] = ("model.safetensors", "metrics.jsonl")
+) -> dict[str, bytes]:
     """The files that are equal for a cut and an uncut run."""
     return {name: (directory / name).read_bytes() for name in names}
 
 
 def snapshot(directory: Path) -> dict[str, bytes]:
     """Every file under a directory."""
-    return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(directory)): p.read_bytes()
+        for p in sorted(directory.rglob("*"))
+        if p.is_file()
+    }

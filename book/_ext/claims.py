@@ -1,4 +1,5 @@
-"""What a claim of the book is, how it is read from a page's source, and what can be wrong with it.
+"""What a claim of the book is, how it is read from a page's source, and what can be
+wrong with it.
 
 `ledger` (the Sphinx extension) and the tests use this; it needs no Sphinx.
 """
@@ -37,18 +38,25 @@ class Claim:
 
 
 def claim_calls(code: str) -> Iterator[ast.Call]:
-    """The calls of `claim` (or `companion.claim`) in a piece of code, in the order of the text."""
+    """The calls of `claim` (or `companion.claim`) in a piece of code, in the order of
+    the text.
+    """
     calls = [
         node
         for node in ast.walk(ast.parse(code))
         if isinstance(node, ast.Call)
-        and (getattr(node.func, "id", None) == "claim" or getattr(node.func, "attr", None) == "claim")
+        and (
+            getattr(node.func, "id", None) == "claim"
+            or getattr(node.func, "attr", None) == "claim"
+        )
     ]
     yield from sorted(calls, key=lambda call: (call.lineno, call.col_offset))
 
 
 def read_claims(text: str, docname: str) -> tuple[list[Claim], list[str]]:
-    """The claims that the code cells of a page make, and what is wrong with how they are written."""
+    """The claims that the code cells of a page make, and what is wrong with how they
+    are written.
+    """
     claims, problems = [], []
     for index, code in code_cells(text):
         try:
@@ -57,12 +65,18 @@ def read_claims(text: str, docname: str) -> tuple[list[Claim], list[str]]:
             continue  # the cell fails when it executes, and that fails the build
         for call in calls:
             given = dict(zip(TEXTS, call.args, strict=False))
-            given |= {keyword.arg: keyword.value for keyword in call.keywords if keyword.arg in TEXTS}
+            given |= {
+                keyword.arg: keyword.value
+                for keyword in call.keywords
+                if keyword.arg in TEXTS
+            }
             values: dict[str, str] = {}
             for name in TEXTS:
                 node = given.get(name)
                 if not (isinstance(node, ast.Constant) and isinstance(node.value, str)):
-                    problems.append(f"cell {index}: claim(...): {name} must be given as a literal string")
+                    problems.append(
+                        f"cell {index}: claim(...): {name} must be given as a literal string"
+                    )
                 else:
                     values[name] = node.value
             if len(values) == len(TEXTS):
@@ -74,9 +88,13 @@ def check_claim(claim: Claim, boxes: Counter[str], root: Path) -> list[str]:
     """What is wrong with a claim: its kind, its box in the executed page, its test."""
     problems = []
     if claim.kind not in KINDS:
-        problems.append(f"{claim.label}: unknown kind {claim.kind!r}, not one of {', '.join(KINDS)}")
+        problems.append(
+            f"{claim.label}: unknown kind {claim.kind!r}, not one of {', '.join(KINDS)}"
+        )
     if not re.fullmatch(r"clm-[a-z0-9-]+", claim.label):
-        problems.append(f"{claim.label}: a label is clm-<chapter>-<what>, in small letters, digits and hyphens")
+        problems.append(
+            f"{claim.label}: a label is clm-<chapter>-<what>, in small letters, digits and hyphens"
+        )
     if claim.test:
         if not test_exists(claim.test, root):
             problems.append(f"{claim.label}: there is no test {claim.test}")
@@ -89,7 +107,8 @@ def check_claim(claim: Claim, boxes: Counter[str], root: Path) -> list[str]:
 
 
 def test_exists(test: str, root: Path) -> bool:
-    """Whether `tests/test_x.py::test_y` (or `::TestX::test_y`) names a test function."""
+    """Whether `tests/test_x.py::test_y` (or `::TestX::test_y`) names a test function.
+    """
     path, *names = test.split("::")
     if not names or not (root / path).is_file():
         return False

@@ -1,19 +1,24 @@
-"""Sphinx extension: a chapter executes again when, and only when, something that it imports has changed.
+"""Sphinx extension: a chapter executes again when, and only when, something that it
+imports has changed.
 
-MyST-NB caches the outputs of a page under a key made of its code cells and its `kernelspec`. A page that calls
-a function of a local package keeps its old outputs when that function changes. Here the `kernelspec` of each
-page, as Sphinx reads it, carries a digest of
+MyST-NB caches the outputs of a page under a key made of its code cells and its
+`kernelspec`. A page that calls a function of a local package keeps its old outputs when
+that function changes. Here the `kernelspec` of each page, as Sphinx reads it, carries a
+digest of
 
-* the source of every module of the packages in `depcache_packages` that the page's cells import, directly or
-  through another such module, also inside functions. A name imported from a package itself
-  (`from crate_core import mssa`) is followed through the explicit re-exports of its `__init__.py` to the module
-  that defines it, so that the `__init__.py` does not make everything depend on everything;
-* the files under `depcache_data` folders (results of long runs, weights, data) that the page's source or one
-  of those modules names, and the versions of the other distributions that they import;
+* the source of every module of the packages in `depcache_packages` that the page's
+  cells import, directly or through another such module, also inside functions. A name
+  imported from a package itself (`from crate_core import mssa`) is followed through the
+  explicit re-exports of its `__init__.py` to the module that defines it, so that the
+  `__init__.py` does not make everything depend on everything;
+* the files under `depcache_data` folders (results of long runs, weights, data) that the
+  page's source or one of those modules names, and the versions of the other
+  distributions that they import;
 * this extension's own version.
 
-A page whose digest has changed since it was last read is read again. What it cannot see: modules imported
-under a computed name, and files whose name is computed. `make clean` forgets all outputs.
+A page whose digest has changed since it was last read is read again. What it cannot
+see: modules imported under a computed name, and files whose name is computed. `make
+clean` forgets all outputs.
 """
 
 import ast
@@ -30,7 +35,8 @@ from sphinx.environment import BuildEnvironment
 
 VERSION = "1"
 
-# Folders whose files a page depends on when it, or a module that it imports, names them.
+# Folders whose files a page depends on when it, or a module that it imports, names
+# them.
 DATA_FOLDERS = ["results", "crate_core/weights"]
 
 # Import names whose distribution is called something else.
@@ -39,16 +45,22 @@ DISTRIBUTIONS = {"sklearn": "scikit-learn", "PIL": "pillow"}
 
 @dataclass(frozen=True)
 class Package:
-    """One local package: its name, its folder, and where the names of its `__init__.py` are defined."""
+    """One local package: its name, its folder, and where the names of its `__init__.py`
+    are defined.
+    """
 
     name: str
     folder: Path
 
     def module_path(self, module: str) -> Path | None:
-        """The file of a module of this package, given by its full dotted name; None if there is none."""
+        """The file of a module of this package, given by its full dotted name; None if
+        there is none.
+        """
         parts = module.split(".")[1:]
         for path in (
-            self.folder.joinpath(*parts[:-1], f"{parts[-1]}.py") if parts else self.folder / "__init__.py",
+            self.folder.joinpath(*parts[:-1], f"{parts[-1]}.py")
+            if parts
+            else self.folder / "__init__.py",
             self.folder.joinpath(*parts, "__init__.py"),
         ):
             if path.is_file():
@@ -66,7 +78,8 @@ class Package:
         return names
 
     def exports(self) -> dict[str, str]:
-        """Name re-exported by `__init__.py` -> full name of the module it comes from."""
+        """Name re-exported by `__init__.py` -> full name of the module it comes from.
+        """
         init = self.folder / "__init__.py"
         if not init.is_file():
             return {}
@@ -77,12 +90,16 @@ class Package:
                 for alias in node.names:
                     submodule = f"{source}.{alias.name}"
                     is_module = self.module_path(submodule) is not None
-                    names[alias.asname or alias.name] = submodule if is_module else source
+                    names[alias.asname or alias.name] = (
+                        submodule if is_module else source
+                    )
         return names
 
 
 def absolute_module(node: ast.ImportFrom, importer: str, is_package: bool) -> str:
-    """The full name of the module in `from module import ...`, relative imports resolved against `importer`."""
+    """The full name of the module in `from module import ...`, relative imports
+    resolved against `importer`.
+    """
     if node.level == 0:
         return node.module or ""
     drop = node.level - 1 if is_package else node.level
@@ -91,8 +108,12 @@ def absolute_module(node: ast.ImportFrom, importer: str, is_package: bool) -> st
     return ".".join([*base, *([node.module] if node.module else [])])
 
 
-def direct_imports(tree: ast.AST, package: Package, importer: str = "__main__") -> set[str]:
-    """Full names of the modules of `package` that this code imports itself, anywhere in it."""
+def direct_imports(
+    tree: ast.AST, package: Package, importer: str = "__main__"
+) -> set[str]:
+    """Full names of the modules of `package` that this code imports itself, anywhere in
+    it.
+    """
     exports = package.exports()
     found: set[str] = set()
     for node in ast.walk(tree):
@@ -103,8 +124,16 @@ def direct_imports(tree: ast.AST, package: Package, importer: str = "__main__") 
                 elif alias.name.startswith(f"{package.name}."):
                     found.add(alias.name)
         elif isinstance(node, ast.ImportFrom):
-            path = package.module_path(importer) if importer.startswith(package.name) else None
-            source = absolute_module(node, importer, is_package=path is not None and path.name == "__init__.py")
+            path = (
+                package.module_path(importer)
+                if importer.startswith(package.name)
+                else None
+            )
+            source = absolute_module(
+                node,
+                importer,
+                is_package=path is not None and path.name == "__init__.py",
+            )
             if source == package.name:
                 for alias in node.names:
                     if alias.name == "*":
@@ -122,7 +151,9 @@ def direct_imports(tree: ast.AST, package: Package, importer: str = "__main__") 
 
 
 def transitive_imports(tree: ast.AST, package: Package) -> set[str]:
-    """Full names of the modules of `package` that this code imports, directly or through one of them."""
+    """Full names of the modules of `package` that this code imports, directly or
+    through one of them.
+    """
     found: set[str] = set()
     todo = direct_imports(tree, package)
     while todo:
@@ -132,7 +163,10 @@ def transitive_imports(tree: ast.AST, package: Package) -> set[str]:
         found.add(module)
         path = package.module_path(module)
         assert path is not None
-        todo |= direct_imports(ast.parse(path.read_text(encoding="utf8")), package, module) - found
+        todo |= (
+            direct_imports(ast.parse(path.read_text(encoding="utf8")), package, module)
+            - found
+        )
     return found
 
 
@@ -148,8 +182,9 @@ def foreign_imports(tree: ast.AST) -> set[str]:
 
 
 def code_cells(text: str) -> Iterator[tuple[int, str]]:
-    """(Index, source) of the code cells of a MyST-Markdown page; in cells that are not plain Python, IPython's
-    magics and shell lines are left out."""
+    """(Index, source) of the code cells of a MyST-Markdown page; in cells that are not
+    plain Python, IPython's magics and shell lines are left out.
+    """
     for index, cell in enumerate(jupytext.reads(text, fmt="md:myst").cells):
         if cell.cell_type == "code":
             try:
@@ -160,7 +195,9 @@ def code_cells(text: str) -> Iterator[tuple[int, str]]:
 
 
 def page_code(text: str) -> ast.Module:
-    """The syntax tree of all code cells of a page that can be parsed; a broken cell fails when it executes."""
+    """The syntax tree of all code cells of a page that can be parsed; a broken cell
+    fails when it executes.
+    """
     body: list[ast.stmt] = []
     for _, source in code_cells(text):
         try:
@@ -182,10 +219,14 @@ def named_files(text: str, root: Path, folders: Iterable[str]) -> set[Path]:
 def is_notebook(text: str) -> bool:
     """Whether the page has cells: its front matter has a kernelspec."""
     front = re.match(r"---\n(.*?)\n---\n", text, flags=re.DOTALL)
-    return front is not None and re.search(r"(?m)^kernelspec:", front.group(1)) is not None
+    return (
+        front is not None and re.search(r"(?m)^kernelspec:", front.group(1)) is not None
+    )
 
 
-def page_digest(text: str, root: Path, packages: Iterable[str], folders: Iterable[str]) -> str:
+def page_digest(
+    text: str, root: Path, packages: Iterable[str], folders: Iterable[str]
+) -> str:
     """The digest of everything outside the page that its outputs depend on."""
     digest = hashlib.sha256(VERSION.encode())
     tree = page_code(text)
@@ -212,16 +253,28 @@ def page_digest(text: str, root: Path, packages: Iterable[str], folders: Iterabl
 
 
 def with_digest(text: str, digest: str) -> str:
-    """The page with the digest in its kernelspec; no line is added, so that line numbers in messages stay."""
+    """The page with the digest in its kernelspec; no line is added, so that line
+    numbers in messages stay.
+    """
     if not is_notebook(text):
         return text
-    marked, count = re.subn(r"(?m)^(  display_name: .*)$", rf"\1 [{digest}]", text, count=1)
-    return marked if count else re.sub(r"(?m)^kernelspec:$", f"kernelspec:\n  digest: {digest}", text, count=1)
+    marked, count = re.subn(
+        r"(?m)^(  display_name: .*)$", rf"\1 [{digest}]", text, count=1
+    )
+    return (
+        marked
+        if count
+        else re.sub(
+            r"(?m)^kernelspec:$", f"kernelspec:\n  digest: {digest}", text, count=1
+        )
+    )
 
 
 def digest_of(app: Sphinx, text: str) -> str:
     """The digest of a page of this book."""
-    return page_digest(text, Path(app.srcdir), app.config.depcache_packages, app.config.depcache_data)
+    return page_digest(
+        text, Path(app.srcdir), app.config.depcache_packages, app.config.depcache_data
+    )
 
 
 def mark_page(app: Sphinx, docname: str, source: list[str]) -> None:
@@ -233,7 +286,11 @@ def mark_page(app: Sphinx, docname: str, source: list[str]) -> None:
 
 
 def outdated_pages(
-    app: Sphinx, env: BuildEnvironment, added: set[str], changed: set[str], removed: set[str]
+    app: Sphinx,
+    env: BuildEnvironment,
+    added: set[str],
+    changed: set[str],
+    removed: set[str],
 ) -> list[str]:
     """Pages to read again, since what they import has changed."""
     known = digests(env)
@@ -258,10 +315,14 @@ def forget_page(app: Sphinx, env: BuildEnvironment, docname: str) -> None:
     digests(env).pop(docname, None)
 
 
-def merge_pages(app: Sphinx, env: BuildEnvironment, docnames: Iterable[str], other: BuildEnvironment) -> None:
+def merge_pages(
+    app: Sphinx, env: BuildEnvironment, docnames: Iterable[str], other: BuildEnvironment
+) -> None:
     """Take over what a parallel reader has found."""
     del app
-    digests(env).update({name: digests(other)[name] for name in docnames if name in digests(other)})
+    digests(env).update(
+        {name: digests(other)[name] for name in docnames if name in digests(other)}
+    )
 
 
 def setup(app: Sphinx) -> dict[str, object]:
@@ -272,4 +333,9 @@ def setup(app: Sphinx) -> dict[str, object]:
     app.connect("env-get-outdated", outdated_pages)
     app.connect("env-purge-doc", forget_page)
     app.connect("env-merge-info", merge_pages)
-    return {"version": VERSION, "env_version": 1, "parallel_read_safe": True, "parallel_write_safe": True}
+    return {
+        "version": VERSION,
+        "env_version": 1,
+        "parallel_read_safe": True,
+        "parallel_write_safe": True,
+    }

@@ -1,7 +1,9 @@
-"""Sphinx extension: the claims of the book, collected from its pages and checked to have run.
+"""Sphinx extension: the claims of the book, collected from its pages and checked to
+have run.
 
-A page makes a claim in a code cell, by `crate_core.companion.claim(label, statement, conditions=..., kind=...,
-evidence=..., holds=...)` with literal strings, or, where the check is a test of the package, with
+A page makes a claim in a code cell, by `crate_core.companion.claim(label, statement,
+conditions=..., kind=..., evidence=..., holds=...)` with literal strings, or, where the
+check is a test of the package, with
 
     ```{tested-claim} clm-model-parity
     :conditions: float32, the same images and mask noise
@@ -10,13 +12,14 @@ evidence=..., holds=...)` with literal strings, or, where the check is a test of
     Loss and predictions agree with the reference to $10^{-5}$.
     ```
 
-The directive `{claims-ledger}` shows all of them, page by page, with links to the very boxes, and their number
-by kind. The build warns (and so fails under -W) about a label used twice, an argument that is not a literal, an
-unknown kind, a claim whose box is not among its page's outputs, and a test that does not exist. The warnings
-are repeated in every build until they are mended. `{ref}` works with a claim's label, given a text.
+The directive `{claims-ledger}` shows all of them, page by page, with links to the very
+boxes, and their number by kind. The build warns (and so fails under -W) about a label
+used twice, an argument that is not a literal, an unknown kind, a claim whose box is not
+among its page's outputs, and a test that does not exist. The warnings are repeated in
+every build until they are mended. `{ref}` works with a claim's label, given a text.
 
-The label of a theorem in the evidence (`thm-rate-grad`) becomes a link to it, "Theorem 3.1", in the ledger and in
-the box; the build warns when there is no such theorem.
+The label of a theorem in the evidence (`thm-rate-grad`) becomes a link to it, "Theorem
+3.1", in the ledger and in the box; the build warns when there is no such theorem.
 """
 
 import json
@@ -41,7 +44,9 @@ PROOF_LABEL = re.compile(r"\b(?:thm|prop|prp|lem|cor|def)-[a-z0-9]+(?:-[a-z0-9]+
 
 
 def inline_nodes(text: str) -> list[nodes.Node]:
-    """Text with TeX between dollar signs and code between back quotes, as document nodes."""
+    """Text with TeX between dollar signs and code between back quotes, as document
+    nodes.
+    """
     result: list[nodes.Node] = []
     for piece in re.split(r"(\$[^$]+\$|`[^`]+`)", text):
         if piece.startswith("$") and len(piece) > 2:
@@ -54,9 +59,13 @@ def inline_nodes(text: str) -> list[nodes.Node]:
 
 
 def theorem(app: Sphinx, label: str, docname: str) -> tuple[str, str]:
-    """What sphinx-proof calls the theorem of this label ("Theorem 3.1"), and where it is, seen from a page."""
+    """What sphinx-proof calls the theorem of this label ("Theorem 3.1"), and where it
+    is, seen from a page.
+    """
     entry = app.env.proof_list[label]  # type: ignore[attr-defined]
-    numbers = app.env.toc_fignumbers.get(entry["docname"], {}).get(entry["countertype"], {})
+    numbers = app.env.toc_fignumbers.get(entry["docname"], {}).get(
+        entry["countertype"], {}
+    )
     number = ".".join(str(part) for part in numbers.get(entry["ids"][0], ()))
     uri = app.builder.get_relative_uri(docname, entry["docname"])
     return f"{entry['realtype'].title()} {number}".strip(), f"{uri}#{entry['ids'][0]}"
@@ -73,10 +82,18 @@ def link_theorems(app: Sphinx, doctree: nodes.document, docname: str) -> None:
     for node in list(doctree.findall(nodes.raw)):
         if '<div class="claim ' in node.astext():
             head, mark, detail = node.astext().partition('<p class="claim-detail">')
-            linked = PROOF_LABEL.sub(lambda match: as_html(match) if match[0] in known else match[0], detail)
-            node.replace_self(nodes.raw("", head + mark + linked, format=node["format"]))
+            linked = PROOF_LABEL.sub(
+                lambda match: as_html(match) if match[0] in known else match[0], detail
+            )
+            node.replace_self(
+                nodes.raw("", head + mark + linked, format=node["format"])
+            )
     for node in list(doctree.findall(nodes.Text)):
-        inside = node.parent.parent["classes"] if isinstance(node.parent, nodes.paragraph) else []
+        inside = (
+            node.parent.parent["classes"]
+            if isinstance(node.parent, nodes.paragraph)
+            else []
+        )
         if "claim" not in inside and "ledger-how-it-is-checked" not in inside:
             continue
         pieces: list[nodes.Node] = []
@@ -91,11 +108,15 @@ def link_theorems(app: Sphinx, doctree: nodes.document, docname: str) -> None:
 
 def kind_node(kind: str) -> nodes.inline:
     """The small tag that says how a claim is known."""
-    return nodes.inline(kind, kind, classes=["claim-kind", f"claim-kind-{kind.replace(' ', '-')}"])
+    return nodes.inline(
+        kind, kind, classes=["claim-kind", f"claim-kind-{kind.replace(' ', '-')}"]
+    )
 
 
 class TestedClaim(SphinxDirective):
-    """A claim that a test of the package checks: the same box as `claim` makes, and a line in the ledger."""
+    """A claim that a test of the package checks: the same box as `claim` makes, and a
+    line in the ledger.
+    """
 
     required_arguments = 1
     has_content = True
@@ -108,9 +129,13 @@ class TestedClaim(SphinxDirective):
 
     def run(self) -> list[nodes.Node]:
         """Record the claim and return its box."""
-        missing = [name for name in ("conditions", "kind", "test") if name not in self.options]
+        missing = [
+            name for name in ("conditions", "kind", "test") if name not in self.options
+        ]
         if missing:
-            raise self.error(f"tested-claim {self.arguments[0]}: needs the options {missing}")
+            raise self.error(
+                f"tested-claim {self.arguments[0]}: needs the options {missing}"
+            )
         test = self.options["test"].strip()
         evidence = self.options.get("evidence", "").strip()
         claim = Claim(
@@ -123,12 +148,24 @@ class TestedClaim(SphinxDirective):
             test=test,
         )
         store(self.env).tested.setdefault(self.env.docname, []).append(claim)
-        box = nodes.container(classes=["claim", f"claim-{claim.kind.replace(' ', '-')}"], ids=[claim.label])
-        statement = nodes.paragraph("", "", kind_node(claim.kind), nodes.Text(" "), classes=["claim-statement"])
+        box = nodes.container(
+            classes=["claim", f"claim-{claim.kind.replace(' ', '-')}"],
+            ids=[claim.label],
+        )
+        statement = nodes.paragraph(
+            "", "", kind_node(claim.kind), nodes.Text(" "), classes=["claim-statement"]
+        )
         statement += inline_nodes(claim.statement)
-        detail = nodes.paragraph("", "", nodes.strong("", "When:"), nodes.Text(" "), classes=["claim-detail"])
+        detail = nodes.paragraph(
+            "", "", nodes.strong("", "When:"), nodes.Text(" "), classes=["claim-detail"]
+        )
         detail += inline_nodes(claim.conditions)
-        detail += [nodes.Text(" "), nodes.strong("", "Checked:"), nodes.Text(" "), *inline_nodes(claim.evidence)]
+        detail += [
+            nodes.Text(" "),
+            nodes.strong("", "Checked:"),
+            nodes.Text(" "),
+            *inline_nodes(claim.evidence),
+        ]
         box += [statement, detail]
         return [box]
 
@@ -189,24 +226,33 @@ def reading_order(env: BuildEnvironment) -> list[str]:
 
 
 def collect(app: Sphinx, doctree: nodes.document) -> None:
-    """After a page is read and executed: its claims, and whether their boxes are there."""
+    """After a page is read and executed: its claims, and whether their boxes are there.
+    """
     docname, kept = app.env.docname, store(app.env)
     text = Path(app.env.doc2path(docname)).read_text(encoding="utf8")
     claims, problems = read_claims(text, docname) if is_notebook(text) else ([], [])
     claims += kept.tested.get(docname, [])
     boxes: Counter[str] = Counter()
     for node in doctree.findall(nodes.raw):
-        boxes.update(re.findall(r'<div class="claim [^>]*\bid="([^"]+)"', node.astext()))
+        boxes.update(
+            re.findall(r'<div class="claim [^>]*\bid="([^"]+)"', node.astext())
+        )
     for claim in claims:
         problems += check_claim(claim, boxes, Path(app.srcdir))
         for table in ("labels", "anonlabels"):
-            entry = (docname, claim.label, claim.label) if table == "labels" else (docname, claim.label)
+            entry = (
+                (docname, claim.label, claim.label)
+                if table == "labels"
+                else (docname, claim.label)
+            )
             app.env.get_domain("std").data[table][claim.label] = entry
     kept.claims[docname], kept.problems[docname] = claims, problems
 
 
 def check_all(app: Sphinx, env: BuildEnvironment) -> list[str]:
-    """When all pages are read: warn of what is wrong, and name the pages whose ledger has changed."""
+    """When all pages are read: warn of what is wrong, and name the pages whose ledger
+    has changed.
+    """
     kept = store(env)
     claims = kept.ordered(reading_order(env))
     for docname, problems in kept.problems.items():
@@ -216,15 +262,24 @@ def check_all(app: Sphinx, env: BuildEnvironment) -> list[str]:
     for claim in claims:
         for label in PROOF_LABEL.findall(claim.evidence):
             if label not in known:
-                logger.warning(f"{claim.label}: there is no theorem {label}", location=claim.docname, type="ledger")
+                logger.warning(
+                    f"{claim.label}: there is no theorem {label}",
+                    location=claim.docname,
+                    type="ledger",
+                )
     places: dict[str, list[str]] = {}
     for claim in claims:
         places.setdefault(claim.label, []).append(claim.docname)
     for label, docnames in places.items():
         if len(docnames) > 1:
-            logger.warning(f"{label}: used {len(docnames)} times", location=docnames[-1], type="ledger")
+            logger.warning(
+                f"{label}: used {len(docnames)} times",
+                location=docnames[-1],
+                type="ledger",
+            )
     for docname in {claim.docname for claim in claims} | kept.pages:
-        env.get_domain("math").data["has_equations"][docname] = True  # boxes and tables have TeX of their own
+        # boxes and tables have TeX of their own
+        env.get_domain("math").data["has_equations"][docname] = True
     content = json.dumps([asdict(claim) for claim in claims])
     if content == kept.written:
         return []
@@ -232,14 +287,22 @@ def check_all(app: Sphinx, env: BuildEnvironment) -> list[str]:
     return sorted(kept.pages)
 
 
-def table_of(header: list[str], rows: list[list[nodes.Element]], widths: list[int], css: str) -> nodes.table:
+def table_of(
+    header: list[str], rows: list[list[nodes.Element]], widths: list[int], css: str
+) -> nodes.table:
     """A table node; each cell carries its column's name as a class."""
     group = nodes.tgroup(cols=len(header))
     group += [nodes.colspec(colwidth=width) for width in widths]
 
     def line(cells: list[nodes.Element]) -> nodes.row:
         names = [f"{css}-{re.sub('[^a-z]+', '-', name.lower())}" for name in header]
-        return nodes.row("", *(nodes.entry("", cell, classes=[name]) for cell, name in zip(cells, names, strict=True)))
+        return nodes.row(
+            "",
+            *(
+                nodes.entry("", cell, classes=[name])
+                for cell, name in zip(cells, names, strict=True)
+            ),
+        )
 
     group += nodes.thead("", line([nodes.paragraph("", name) for name in header]))
     group += nodes.tbody("", *(line(row) for row in rows))
@@ -258,21 +321,39 @@ def ledger_nodes(app: Sphinx, claims: list[Claim], docname: str) -> list[nodes.N
         for kind, meaning in KINDS.items()
     ]
     total = nodes.paragraph(
-        "", "", nodes.strong("", f"{len(claims)} claim{'' if len(claims) == 1 else 's'}"), classes=["ledger-total"]
+        "",
+        "",
+        nodes.strong("", f"{len(claims)} claim{'' if len(claims) == 1 else 's'}"),
+        classes=["ledger-total"],
     )
-    total += nodes.Text(f", pages with claims: {len({claim.docname for claim in claims})}.")
+    total += nodes.Text(
+        f", pages with claims: {len({claim.docname for claim in claims})}."
+    )
     result: list[nodes.Node] = [
         total,
-        table_of(["Kind", "How it is known", "Claims"], summary, [20, 65, 15], "ledger-summary"),
+        table_of(
+            ["Kind", "How it is known", "Claims"],
+            summary,
+            [20, 65, 15],
+            "ledger-summary",
+        ),
     ]
     for page in dict.fromkeys(claim.docname for claim in claims):
         uri = app.builder.get_relative_uri(docname, page)
         title = app.env.titles[page].astext()
-        heading = nodes.rubric("", "", nodes.reference("", title, refuri=uri, internal=True))
+        heading = nodes.rubric(
+            "", "", nodes.reference("", title, refuri=uri, internal=True)
+        )
         heading["ids"] = [f"ledger-{page.rsplit('/', 1)[-1].replace('_', '-')}"]
         rows = []
         for claim in (claim for claim in claims if claim.docname == page):
-            link = nodes.reference("", "", refuri=f"{uri}#{claim.label}", internal=True, classes=["ledger-link"])
+            link = nodes.reference(
+                "",
+                "",
+                refuri=f"{uri}#{claim.label}",
+                internal=True,
+                classes=["ledger-link"],
+            )
             link += nodes.literal("", claim.label)
             rows.append(
                 [
@@ -291,7 +372,9 @@ def ledger_nodes(app: Sphinx, claims: list[Claim], docname: str) -> list[nodes.N
 def fill_in(app: Sphinx, doctree: nodes.document, docname: str) -> None:
     """When a page that shows the ledger is written: put it there."""
     for place in list(doctree.findall(LedgerNode)):
-        place.replace_self(ledger_nodes(app, store(app.env).ordered(reading_order(app.env)), docname))
+        place.replace_self(
+            ledger_nodes(app, store(app.env).ordered(reading_order(app.env)), docname)
+        )
 
 
 def forget_page(app: Sphinx, env: BuildEnvironment, docname: str) -> None:
@@ -300,7 +383,9 @@ def forget_page(app: Sphinx, env: BuildEnvironment, docname: str) -> None:
     store(env).forget(docname)
 
 
-def merge_pages(app: Sphinx, env: BuildEnvironment, docnames: Iterable[str], other: BuildEnvironment) -> None:
+def merge_pages(
+    app: Sphinx, env: BuildEnvironment, docnames: Iterable[str], other: BuildEnvironment
+) -> None:
     """Take over what a parallel reader has found."""
     del app
     kept, read = store(env), store(other)
@@ -325,4 +410,9 @@ def setup(app: Sphinx) -> dict[str, object]:
     app.connect("doctree-resolved", link_theorems, priority=600)
     app.connect("env-purge-doc", forget_page)
     app.connect("env-merge-info", merge_pages)
-    return {"version": "1", "env_version": 1, "parallel_read_safe": True, "parallel_write_safe": True}
+    return {
+        "version": "1",
+        "env_version": 1,
+        "parallel_read_safe": True,
+        "parallel_write_safe": True,
+    }

@@ -1,9 +1,11 @@
 """Sphinx extension: each chapter as a Jupyter notebook, beside its page.
 
-The notebook is made from the chapter's text (MyST-Markdown) when the page is written: the same code cells in
-the same order, without outputs, after a first cell that says what to install when `crate_core` is missing. What
-only MyST knows (theorems, references, citations, labels) becomes Markdown that reads well in Jupyter. A link
-under the title and an entry of the download menu lead to it; both are relative and work from a disk.
+The notebook is made from the chapter's text (MyST-Markdown) when the page is written:
+the same code cells in the same order, without outputs, after a first cell that says
+what to install when `crate_core` is missing. What only MyST knows (theorems,
+references, citations, labels) becomes Markdown that reads well in Jupyter. A link under
+the title and an entry of the download menu lead to it; both are relative and work from
+a disk.
 """
 
 import re
@@ -38,7 +40,9 @@ if importlib.util.find_spec("crate_core") is None:
 
 def without_roles(line: str) -> str:
     """A line of MyST with its roles turned into plain Markdown."""
-    line = re.sub(r"\{(?:ref|numref|prf:ref|doc)\}`([^`<]+?)\s*<([^`>]+)>`", r"[\1](#\2)", line)
+    line = re.sub(
+        r"\{(?:ref|numref|prf:ref|doc)\}`([^`<]+?)\s*<([^`>]+)>`", r"[\1](#\2)", line
+    )
     line = re.sub(r"\{(?:ref|numref|prf:ref)\}`([^`]+)`", r"[\1](#\1)", line)
     line = re.sub(r"\{eq\}`([^`]+)`", r"(\1)", line)
     line = re.sub(r"\{cite(?::\w+)?\}`([^`]+)`", r"[\1]", line)
@@ -49,14 +53,21 @@ def without_roles(line: str) -> str:
 
 
 def plain_markdown(text: str) -> str:
-    """MyST-Markdown as Markdown that reads well in Jupyter: directives become bold headings, roles links."""
+    """MyST-Markdown as Markdown that reads well in Jupyter: directives become bold
+    headings, roles links.
+    """
     lines: list[str] = []
-    closing: list[tuple[str, str]] = []  # fences that are open, and what stands for their end
+    # fences that are open, and what stands for their end
+    closing: list[tuple[str, str]] = []
     in_options, in_code = False, ""
     for line in text.splitlines():
         fence = FENCE.match(line)
         if in_code:
-            lines.append("```" if fence and fence[1].startswith(in_code) and not fence[2] else line)
+            lines.append(
+                "```"
+                if fence and fence[1].startswith(in_code) and not fence[2]
+                else line
+            )
             if fence and fence[1].startswith(in_code) and not fence[2]:
                 in_code = ""
             continue
@@ -79,7 +90,12 @@ def plain_markdown(text: str) -> str:
                 closing.append((mark, ""))
                 if name in ("solution", "solution-start"):
                     argument = f"to [{argument}](#{argument})"
-                words = (TITLES.get(name, ""), f"({argument})" if argument and name.startswith("prf:") else argument)
+                words = (
+                    TITLES.get(name, ""),
+                    f"({argument})"
+                    if argument and name.startswith("prf:")
+                    else argument,
+                )
                 heading = " ".join(without_roles(word) for word in words if word)
                 lines += ["", f"**{heading}.**" if heading else "", ""]
             in_options = True
@@ -97,13 +113,23 @@ def macro_definitions(macros: dict[str, str | list]) -> str:
     """The book's TeX macros as definitions that Jupyter's MathJax takes."""
     result = []
     for name, value in macros.items():
-        body, count = (value, "") if isinstance(value, str) else (value[0], f"[{value[1]}]" if value[1] else "")
-        result.append(rf"\def\{name}{{{body}}}" if not count else rf"\newcommand{{\{name}}}{count}{{{body}}}")
+        body, count = (
+            (value, "")
+            if isinstance(value, str)
+            else (value[0], f"[{value[1]}]" if value[1] else "")
+        )
+        result.append(
+            rf"\def\{name}{{{body}}}"
+            if not count
+            else rf"\newcommand{{\{name}}}{count}{{{body}}}"
+        )
     return "$" + " ".join(result) + "$"
 
 
 def with_chapter_links(text: str, chapters: dict[str, tuple[str, str]]) -> str:
-    """The text with bare references to chapters (label -> notebook, title) as links to their notebooks."""
+    """The text with bare references to chapters (label -> notebook, title) as links to
+    their notebooks.
+    """
 
     def link(match: re.Match[str]) -> str:
         words, label = match.groups()
@@ -116,9 +142,14 @@ def with_chapter_links(text: str, chapters: dict[str, tuple[str, str]]) -> str:
 
 
 def make_notebook(
-    text: str, title: str, macros: dict[str, str | list], chapters: dict[str, tuple[str, str]] | None = None
+    text: str,
+    title: str,
+    macros: dict[str, str | list],
+    chapters: dict[str, tuple[str, str]] | None = None,
 ) -> NotebookNode:
-    """The notebook of a chapter, from its text; `chapters` gives other chapters' labels, notebooks and titles."""
+    """The notebook of a chapter, from its text; `chapters` gives other chapters'
+    labels, notebooks and titles.
+    """
     cells = [
         new_markdown_cell(
             f"*{title}*: a chapter of the CRATE-MAE book, as a notebook. It needs `crate_core` and what its "
@@ -131,18 +162,29 @@ def make_notebook(
     for cell in source.cells:
         if cell.cell_type == "code":
             tags = cell.metadata.get("tags", [])
-            cells.append(new_code_cell(cell.source, metadata={"tags": tags} if tags else {}))
+            cells.append(
+                new_code_cell(cell.source, metadata={"tags": tags} if tags else {})
+            )
             caption = cell.metadata.get("mystnb", {}).get("figure", {}).get("caption")
             if caption:
-                cells.append(new_markdown_cell(f"*Figure: {without_roles(str(caption))}*"))
+                cells.append(
+                    new_markdown_cell(f"*Figure: {without_roles(str(caption))}*")
+                )
         else:
             markdown = plain_markdown(with_chapter_links(cell.source, chapters or {}))
             if markdown:
                 cells.append(new_markdown_cell(markdown))
     for index, cell in enumerate(cells):
         cell["id"] = f"cell-{index:03d}"  # the same notebook from the same text
-    kernel = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
-    return new_notebook(cells=cells, metadata={"kernelspec": kernel, "language_info": {"name": "python"}})
+    kernel = {
+        "display_name": "Python 3 (ipykernel)",
+        "language": "python",
+        "name": "python3",
+    }
+    return new_notebook(
+        cells=cells,
+        metadata={"kernelspec": kernel, "language_info": {"name": "python"}},
+    )
 
 
 def page_text(app: Sphinx, docname: str) -> str | None:
@@ -162,16 +204,27 @@ def add_link(app: Sphinx, doctree: nodes.document, docname: str) -> None:
         name = f"{docname.rsplit('/', 1)[-1]}.ipynb"
         link = f'<a class="chapter-notebook" href="{name}" download>Download this chapter as a Jupyter notebook</a>'
         title.parent.insert(
-            title.parent.index(title) + 1, nodes.raw("", f'<p class="chapter-tools">{link}</p>', format="html")
+            title.parent.index(title) + 1,
+            nodes.raw("", f'<p class="chapter-tools">{link}</p>', format="html"),
         )
 
 
 def write_notebook(
-    app: Sphinx, pagename: str, templatename: str, context: dict, doctree: nodes.document | None
+    app: Sphinx,
+    pagename: str,
+    templatename: str,
+    context: dict,
+    doctree: nodes.document | None,
 ) -> None:
-    """As a page is written: write its notebook beside it, and add it to the download menu."""
+    """As a page is written: write its notebook beside it, and add it to the download
+    menu.
+    """
     del templatename
-    text = page_text(app, pagename) if doctree is not None and app.builder.name == "html" else None
+    text = (
+        page_text(app, pagename)
+        if doctree is not None and app.builder.name == "html"
+        else None
+    )
     if text is None:
         return
     macros = (app.config.mathjax3_config or {}).get("tex", {}).get("macros", {})
@@ -182,7 +235,9 @@ def write_notebook(
     }
     target = Path(app.outdir) / f"{pagename}.ipynb"
     target.parent.mkdir(parents=True, exist_ok=True)
-    nbformat.write(make_notebook(text, app.env.titles[pagename].astext(), macros, chapters), target)
+    nbformat.write(
+        make_notebook(text, app.env.titles[pagename].astext(), macros, chapters), target
+    )
     for button in context.get("header_buttons", []):
         if button.get("label") == "download-buttons":
             button["buttons"].insert(

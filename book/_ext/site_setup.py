@@ -1,12 +1,13 @@
 """Sphinx extension: what the site needs to work from a disk without a network.
 
-* Mathematics: MathJax is copied out of the installed package `sphinx-mathjax-offline` into the built site;
-  only the part a page can ask for (the component for TeX and MathML input, the TeX extensions that load on
-  demand, the WOFF fonts: 2 MB of its 22 MB).
-* Proofs that are folded (`:class: dropdown`): sphinx-proof gives a proof no title, which the fold's script needs,
-  and the same id to every proof of a page.
-* The project's address: when `repository: {url: ...}` of `_config.yml` has one, the repository, edit and issue
-  buttons come on. Without one they stay off.
+* Mathematics: MathJax is copied out of the installed package `sphinx-mathjax-offline`
+  into the built site; only the part a page can ask for (the component for TeX and
+  MathML input, the TeX extensions that load on demand, the WOFF fonts: 2 MB of its 22
+  MB).
+* Proofs that are folded (`:class: dropdown`): sphinx-proof gives a proof no title,
+  which the fold's script needs, and the same id to every proof of a page.
+* The project's address: when `repository: {url: ...}` of `_config.yml` has one, the
+  repository, edit and issue buttons come on. Without one they stay off.
 """
 
 import shutil
@@ -20,15 +21,23 @@ from sphinx.errors import ExtensionError
 
 MATHJAX_SCRIPT = "tex-mml-chtml.js"
 MATHJAX_PARTS = (MATHJAX_SCRIPT, "input/tex/extensions", "output/chtml/fonts/woff-v2")
-REPOSITORY_BUTTONS = ("use_repository_button", "use_edit_page_button", "use_issues_button")
+REPOSITORY_BUTTONS = (
+    "use_repository_button",
+    "use_edit_page_button",
+    "use_issues_button",
+)
 
 
 def mathjax_folder() -> Path:
-    """The folder of the installed MathJax; its Python package has a name that cannot be imported."""
+    """The folder of the installed MathJax; its Python package has a name that cannot be
+    imported.
+    """
     for path in files("sphinx-mathjax-offline") or ():
         if path.name == MATHJAX_SCRIPT:
             return Path(str(path.locate())).parent
-    raise ExtensionError("the package sphinx-mathjax-offline is not installed: pip install -e '.[book]'")
+    raise ExtensionError(
+        "the package sphinx-mathjax-offline is not installed: pip install -e '.[book]'"
+    )
 
 
 def copy_mathjax(app: Sphinx, exception: Exception | None) -> None:
@@ -47,16 +56,22 @@ def copy_mathjax(app: Sphinx, exception: Exception | None) -> None:
 
 
 def set_repository_buttons(app: Sphinx, config: Config) -> None:
-    """Turn on the theme's repository buttons if, and only if, the project has an address."""
+    """Turn on the theme's repository buttons if, and only if, the project has an
+    address.
+    """
     options = config.html_theme_options
     for button in REPOSITORY_BUTTONS:
         options.setdefault(button, bool(options.get("repository_url")))
 
 
 def mend_proofs(app: Sphinx, doctree: nodes.document) -> None:
-    """Give each folded proof a title, and each part of a theorem or proof an id of its own."""
+    """Give each folded proof a title, and each part of a theorem or proof an id of its
+    own.
+    """
     del app
-    proofs = [node for node in doctree.findall(nodes.admonition) if "proof" in node["classes"]]
+    proofs = [
+        node for node in doctree.findall(nodes.admonition) if "proof" in node["classes"]
+    ]
     for number, proof in enumerate(proofs, start=1):
         proof["ids"] = [f"proof-{number}"]
         if "dropdown" in proof["classes"]:
@@ -64,7 +79,11 @@ def mend_proofs(app: Sphinx, doctree: nodes.document) -> None:
             if first is not None and first.startswith("Proof. "):
                 first.parent.replace(first, nodes.Text(first.removeprefix("Proof. ")))
             proof.insert(0, nodes.title("", "Proof"))
-    parts = [node for node in doctree.findall(nodes.section) if "proof-content" in node["ids"]]
+    parts = [
+        node
+        for node in doctree.findall(nodes.section)
+        if "proof-content" in node["ids"]
+    ]
     for number, part in enumerate(parts, start=1):
         part["ids"] = [f"proof-content-{number}"]
 
@@ -77,7 +96,10 @@ def drop_builtins(app: Sphinx, exception: Exception | None) -> None:
     listing = Path(app.outdir, "_modules", "index.html")
     if exception is None and listing.is_file():
         text = listing.read_text(encoding="utf8")
-        listing.write_text(text.replace('<li><a href="builtins.html">builtins</a></li>', ""), encoding="utf8")
+        listing.write_text(
+            text.replace('<li><a href="builtins.html">builtins</a></li>', ""),
+            encoding="utf8",
+        )
 
 
 def setup(app: Sphinx) -> dict[str, object]:

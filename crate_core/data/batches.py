@@ -1,13 +1,15 @@
-r"""The stream of training batches as a function of (seed, step), and batches for evaluation.
+r"""The stream of training batches as a function of (seed, step), and batches for
+evaluation.
 
 Training reads one endless row of epochs, each a permutation of the pictures,
 
 .. math:: q = tB + b, \qquad \text{epoch} = \lfloor q / n \rfloor, \qquad
           \text{picture} = \pi_{\text{epoch}}(q \bmod n),
 
-for batch entry b of step t, batch size B and n pictures.  The permutation is a function of (seed, epoch), the
-augmentation of (seed, epoch, picture), the mask of (seed, step): no global random state, so that a run that
-was cut off goes on exactly, whatever the number of loader processes or devices.
+for batch entry b of step t, batch size B and n pictures.  The permutation is a function
+of (seed, epoch), the augmentation of (seed, epoch, picture), the mask of (seed, step):
+no global random state, so that a run that was cut off goes on exactly, whatever the
+number of loader processes or devices.
 
 Book: :ref:`ch-first-training`.
 """
@@ -48,8 +50,11 @@ class Stream(IntEnum):
 
 
 def random_key(*numbers: int) -> int:
-    """A 63-bit seed from nonnegative integers, well mixed (numpy's ``SeedSequence``)."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    """A 63-bit seed from nonnegative integers, well mixed (numpy's ``SeedSequence``).
+    """
+    return int(
+        np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1)
+    )
 
 
 def random_generator(*numbers: int) -> torch.Generator:
@@ -64,22 +69,26 @@ def epoch_key(seed: int, epoch: int) -> int:
 
 
 def picture_key(seed: int, epoch: int, index: int) -> int:
-    """What the augmentation of one picture in one epoch is drawn from; :func:`random_key` would cost a tenth of
-    reading a small picture.
+    """What the augmentation of one picture in one epoch is drawn from;
+    :func:`random_key` would cost a tenth of reading a small picture.
     """
     return mixed(epoch_key(seed, epoch) ^ mixed(index))
 
 
-def mask_noise(seed: int, step: int, batch_size: int, length: int, stream: Stream = Stream.MASK) -> PatchNoise:
-    """Uniform noise (batch_size, length) in [0, 1) that fixes the masks of one step: a function of (seed,
-    step).
+def mask_noise(
+    seed: int, step: int, batch_size: int, length: int, stream: Stream = Stream.MASK
+) -> PatchNoise:
+    """Uniform noise (batch_size, length) in [0, 1) that fixes the masks of one step: a
+    function of (seed, step).
     """
-    return torch.rand(batch_size, length, generator=random_generator(seed, stream, step))
+    return torch.rand(
+        batch_size, length, generator=random_generator(seed, stream, step)
+    )
 
 
 class EpochOrder:
-    """Where position q of the endless stream points: (epoch, picture), with one permutation per (seed,
-    epoch).
+    """Where position q of the endless stream points: (epoch, picture), with one
+    permutation per (seed, epoch).
     """
 
     def __init__(self, count: int, seed: int) -> None:
@@ -90,13 +99,16 @@ class EpochOrder:
         epoch, place = divmod(position, self.count)
         if epoch != self._epoch:
             generator = random_generator(self.seed, Stream.SHUFFLE, epoch)
-            self._epoch, self._permutation = epoch, torch.randperm(self.count, generator=generator).numpy()
+            self._epoch, self._permutation = (
+                epoch,
+                torch.randperm(self.count, generator=generator).numpy(),
+            )
         return epoch, int(self._permutation[place])
 
 
 class StepBatches(Sampler[list[tuple[int, int]]]):
-    """For each step from ``start`` to ``stop``, this process's share of the global batch as (epoch, picture)
-    pairs.
+    """For each step from ``start`` to ``stop``, this process's share of the global
+    batch as (epoch, picture) pairs.
 
     Parameters
     ----------
@@ -123,7 +135,9 @@ class StepBatches(Sampler[list[tuple[int, int]]]):
         processes: int = 1,
     ) -> None:
         if batch_size % processes:
-            raise ValueError(f"batch_size={batch_size} must be a multiple of the number of processes, {processes}")
+            raise ValueError(
+                f"batch_size={batch_size} must be a multiple of the number of processes, {processes}"
+            )
         self.order, self.batch_size = EpochOrder(count, seed), batch_size
         self.start, self.stop = start, stop
         self.rows = local_rows(batch_size, process, processes)
@@ -134,7 +148,10 @@ class StepBatches(Sampler[list[tuple[int, int]]]):
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for step in range(self.start, self.stop):
             first = step * self.batch_size
-            yield [self.order[first + row] for row in range(self.rows.start, self.rows.stop)]
+            yield [
+                self.order[first + row]
+                for row in range(self.rows.start, self.rows.stop)
+            ]
 
 
 def local_rows(batch_size: int, process: int, processes: int) -> slice:
@@ -145,11 +162,13 @@ def local_rows(batch_size: int, process: int, processes: int) -> slice:
 
 @dataclass(frozen=True)
 class Batch:
-    """``images`` (b, C, H, W), ``indices`` (b,) of the pictures, and (index, message) of unreadable ones.
+    """``images`` (b, C, H, W), ``indices`` (b,) of the pictures, and (index, message)
+    of unreadable ones.
 
-    Images are bytes where the pictures are (a quarter of what floats would move between processes and to a GPU), else
-    floats in [0, 1]; ``model.standardize`` takes both, to the same numbers.
-    ``complete`` is false if a picture and all its substitutes were unreadable; its row is zero then.
+    Images are bytes where the pictures are (a quarter of what floats would move between
+    processes and to a GPU), else floats in [0, 1]; ``model.standardize`` takes both, to
+    the same numbers. ``complete`` is false if a picture and all its substitutes were
+    unreadable; its row is zero then.
     """
 
     images: Tensor
@@ -158,18 +177,28 @@ class Batch:
     complete: bool = True
 
     def pin_memory(self) -> "Batch":
-        """The batch in page-locked memory, from where a GPU copies faster; the loader calls it."""
+        """The batch in page-locked memory, from where a GPU copies faster; the loader
+        calls it.
+        """
         return replace(self, images=self.images.pin_memory())
 
 
 class TrainingPictures(Dataset[Batch]):
-    """Batches of training pictures, asked for by lists of (epoch, picture) from :class:`StepBatches`.
+    """Batches of training pictures, asked for by lists of (epoch, picture) from
+    :class:`StepBatches`.
 
-    A picture that cannot be read is replaced by another, drawn as a function of (seed, picture), and reported
-    in ``Batch.unreadable``.
+    A picture that cannot be read is replaced by another, drawn as a function of (seed,
+    picture), and reported in ``Batch.unreadable``.
     """
 
-    def __init__(self, source: ImageSource, size: Size, channels: int, augmentation: Augmentation, seed: int) -> None:
+    def __init__(
+        self,
+        source: ImageSource,
+        size: Size,
+        channels: int,
+        augmentation: Augmentation,
+        seed: int,
+    ) -> None:
         self.source, self.size, self.channels = source, size, channels
         self.augmentation, self.seed = augmentation, seed
 
@@ -188,15 +217,24 @@ class TrainingPictures(Dataset[Batch]):
             else:
                 missing.append(row)
         for row in missing:
-            images.insert(row, torch.zeros_like(images[0]) if images else torch.zeros(self.channels, *self.size))
+            images.insert(
+                row,
+                torch.zeros_like(images[0])
+                if images
+                else torch.zeros(self.channels, *self.size),
+            )
             indices.insert(row, items[row][1])
-        return Batch(torch.stack(images), torch.tensor(indices), tuple(unreadable), not missing)
+        return Batch(
+            torch.stack(images), torch.tensor(indices), tuple(unreadable), not missing
+        )
 
     def candidates(self, wanted: int) -> Iterator[int]:
         """The wanted picture, then its substitutes."""
         yield wanted
         generator = random_generator(self.seed, Stream.SUBSTITUTE, wanted)
-        yield from torch.randint(len(self.source), (SUBSTITUTES,), generator=generator).tolist()
+        yield from torch.randint(
+            len(self.source), (SUBSTITUTES,), generator=generator
+        ).tolist()
 
     def transform(self, picture: Picture, epoch: int, index: int) -> Tensor:
         """The picture (C, H, W) as epoch ``epoch`` sees it."""
@@ -210,7 +248,9 @@ class TrainingPictures(Dataset[Batch]):
 
 
 class HeldOutPictures(Dataset[Batch]):
-    """Batches of pictures as evaluation sees them, in order; unreadable ones are left out and reported."""
+    """Batches of pictures as evaluation sees them, in order; unreadable ones are left
+    out and reported.
+    """
 
     def __init__(self, source: ImageSource, size: Size, channels: int) -> None:
         self.source, self.size, self.channels = source, size, channels
@@ -226,12 +266,16 @@ class HeldOutPictures(Dataset[Batch]):
         images, indices, unreadable = [], [], []
         for index in items:
             try:
-                images.append(prepare(self.source.read(index), self.size, self.channels))
+                images.append(
+                    prepare(self.source.read(index), self.size, self.channels)
+                )
                 indices.append(index)
             except UnreadableImageError as error:
                 unreadable.append((index, str(error)))
         stacked = torch.stack(images) if images else self.empty
-        return Batch(stacked, torch.tensor(indices, dtype=torch.int64), tuple(unreadable))
+        return Batch(
+            stacked, torch.tensor(indices, dtype=torch.int64), tuple(unreadable)
+        )
 
 
 def as_is(batch: Any) -> Any:
@@ -239,7 +283,12 @@ def as_is(batch: Any) -> Any:
     return batch
 
 
-def loader(dataset: Dataset[Batch], batches: Iterable[list[Any]], workers: int, pin: bool = False) -> DataLoader:
+def loader(
+    dataset: Dataset[Batch],
+    batches: Iterable[list[Any]],
+    workers: int,
+    pin: bool = False,
+) -> DataLoader:
     """A ``DataLoader`` over whole batches; the batches do not depend on ``workers``."""
     return DataLoader(
         dataset,
@@ -247,24 +296,34 @@ def loader(dataset: Dataset[Batch], batches: Iterable[list[Any]], workers: int, 
         num_workers=workers,
         collate_fn=as_is,
         pin_memory=pin,
-        generator=torch.Generator(),  # the loader draws a seed for its workers; not from the global state
+        # the loader draws a seed for its workers; not from the global state
+        generator=torch.Generator(),
         persistent_workers=False,
     )
 
 
 def evaluation_batches(
-    source: ImageSource, size: Size, channels: int, batch_size: int = 256, workers: int = 0
+    source: ImageSource,
+    size: Size,
+    channels: int,
+    batch_size: int = 256,
+    workers: int = 0,
 ) -> Iterator[Batch]:
-    """All pictures of a source in order, as :func:`prepare` leaves them, in batches of at most
-    ``batch_size``.
+    """All pictures of a source in order, as :func:`prepare` leaves them, in batches of
+    at most ``batch_size``.
     """
-    rows = [list(range(i, min(i + batch_size, len(source)))) for i in range(0, len(source), batch_size)]
+    rows = [
+        list(range(i, min(i + batch_size, len(source))))
+        for i in range(0, len(source), batch_size)
+    ]
     yield from loader(HeldOutPictures(source, size, channels), rows, workers)
 
 
 @dataclass
 class UnreadableCount:
-    """Distinct unreadable pictures met so far, by index, and the share above which a run stops."""
+    """Distinct unreadable pictures met so far, by index, and the share above which a
+    run stops.
+    """
 
     total: int
     limit: float
@@ -281,7 +340,9 @@ class UnreadableCount:
         for index, message in batch.unreadable:
             if index not in self.met:
                 self.met[index] = message
-                report(f"skipped an unreadable picture ({len(self.met)} so far): {message}")
+                report(
+                    f"skipped an unreadable picture ({len(self.met)} so far): {message}"
+                )
         share = len(self.met) / self.total
         if share > self.limit or not batch.complete:
             last = list(self.met.values())[-1]

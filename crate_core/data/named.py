@@ -1,6 +1,8 @@
-r"""Opening data by name: digits (embedded), image folders, torchvision and Hugging Face datasets.
+r"""Opening data by name: digits (embedded), image folders, torchvision and Hugging Face
+datasets.
 
-The libraries that exist for the last two are used, and imported only when they are asked for.
+The libraries that exist for the last two are used, and imported only when they are
+asked for.
 
 Book: :ref:`ch-first-training`.
 """
@@ -27,8 +29,8 @@ from crate_core.data.sources import (
 
 @dataclass(eq=False)
 class TableImages(ImageSource):
-    """Rows of a Hugging Face dataset whose ``column`` holds encoded images (struct of ``bytes`` and
-    ``path``).
+    """Rows of a Hugging Face dataset whose ``column`` holds encoded images (struct of
+    ``bytes`` and ``path``).
     """
 
     table: Any
@@ -46,7 +48,9 @@ class TableImages(ImageSource):
         cell = self.table[index][self.column]
         if cell is None or (cell["bytes"] is None and cell["path"] is None):
             raise ValueError("the row holds no image")
-        return open_picture(cell["path"] if cell["bytes"] is None else io.BytesIO(cell["bytes"]))
+        return open_picture(
+            cell["path"] if cell["bytes"] is None else io.BytesIO(cell["bytes"])
+        )
 
 
 @dataclass(eq=False)
@@ -68,8 +72,14 @@ class PairImages(ImageSource):
 
 
 TORCHVISION_PARTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    **dict.fromkeys(("CIFAR10", "CIFAR100", "MNIST", "FashionMNIST", "KMNIST"), ({"train": True}, {"train": False})),
-    **dict.fromkeys(("STL10", "SVHN", "Food101", "FGVCAircraft"), ({"split": "train"}, {"split": "test"})),
+    **dict.fromkeys(
+        ("CIFAR10", "CIFAR100", "MNIST", "FashionMNIST", "KMNIST"),
+        ({"train": True}, {"train": False}),
+    ),
+    **dict.fromkeys(
+        ("STL10", "SVHN", "Food101", "FGVCAircraft"),
+        ({"split": "train"}, {"split": "test"}),
+    ),
     "Flowers102": ({"split": "train"}, {"split": "test"}),
     "OxfordIIITPet": ({"split": "trainval"}, {"split": "test"}),
 }
@@ -77,7 +87,8 @@ TORCHVISION_PARTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 def torchvision_data(name: str, root: str | Path) -> ImageData:
-    """A dataset of torchvision, looked for under ``root`` and downloaded there when it is absent.
+    """A dataset of torchvision, looked for under ``root`` and downloaded there when it
+    is absent.
 
     Raises
     ------
@@ -89,7 +100,9 @@ def torchvision_data(name: str, root: str | Path) -> ImageData:
     import torchvision.datasets
 
     if name not in TORCHVISION_PARTS:
-        raise ValueError(f"torchvision:{name} is not known; accepted are {', '.join(sorted(TORCHVISION_PARTS))}")
+        raise ValueError(
+            f"torchvision:{name} is not known; accepted are {', '.join(sorted(TORCHVISION_PARTS))}"
+        )
     maker = getattr(torchvision.datasets, name)
     parts = []
     for arguments in TORCHVISION_PARTS[name]:
@@ -99,25 +112,49 @@ def torchvision_data(name: str, root: str | Path) -> ImageData:
             raise FileNotFoundError(
                 f"torchvision:{name} is not under {root} and was not downloaded: {error}"
             ) from error
-        found = next((getattr(pairs, a) for a in ("targets", "labels", "_labels") if hasattr(pairs, a)), None)
-        parts.append(PairImages(pairs, f"torchvision:{name}", None if found is None else np.asarray(found, np.int64)))
+        found = next(
+            (
+                getattr(pairs, a)
+                for a in ("targets", "labels", "_labels")
+                if hasattr(pairs, a)
+            ),
+            None,
+        )
+        parts.append(
+            PairImages(
+                pairs,
+                f"torchvision:{name}",
+                None if found is None else np.asarray(found, np.int64),
+            )
+        )
     train, held_out = parts
     description = f"torchvision:{name}: {len(train):,} to train on, {len(held_out):,} held out (its own parts)"
-    return ImageData(train, held_out, tuple(map(str, getattr(train.pairs, "classes", ()))), description)
+    return ImageData(
+        train,
+        held_out,
+        tuple(map(str, getattr(train.pairs, "classes", ()))),
+        description,
+    )
 
 
 def parquet_parts(path: Path) -> tuple[list[str], list[str]]:
-    """Parquet files to train on and held-out ones, told apart by ``train`` and ``test`` (``val``) in their
-    names.
+    """Parquet files to train on and held-out ones, told apart by ``train`` and ``test``
+    (``val``) in their names.
 
-    A single file whose name holds ``train`` is joined by the file beside it that holds ``test``, ``val`` or
-    ``validation`` instead; the second list is empty when nothing is set apart.
+    A single file whose name holds ``train`` is joined by the file beside it that holds
+    ``test``, ``val`` or ``validation`` instead; the second list is empty when nothing
+    is set apart.
 
     Raises ``ValueError`` if a folder holds no parquet file.
     """
     if path.is_file():
-        beside = (path.with_name(path.name.replace("train", part)) for part in ("validation", "val", "test"))
-        held_out = [str(other) for other in beside if other != path and other.is_file()][:1]
+        beside = (
+            path.with_name(path.name.replace("train", part))
+            for part in ("validation", "val", "test")
+        )
+        held_out = [
+            str(other) for other in beside if other != path and other.is_file()
+        ][:1]
         return [str(path)], held_out
     files = sorted(path.rglob("*.parquet"))
     if not files:
@@ -127,10 +164,12 @@ def parquet_parts(path: Path) -> tuple[list[str], list[str]]:
 
 
 def hugging_face(location: str) -> ImageData:
-    """A dataset in the Hugging Face image schema: parquet files here, or a name on the Hub.
+    """A dataset in the Hugging Face image schema: parquet files here, or a name on the
+    Hub.
 
-    The image column is the one of image type (``image``, ``img``, or the only struct of ``bytes`` and
-    ``path``), the label column ``label`` or the only column of class labels; labels may be absent.
+    The image column is the one of image type (``image``, ``img``, or the only struct of
+    ``bytes`` and ``path``), the label column ``label`` or the only column of class
+    labels; labels may be absent.
 
     Raises
     ------
@@ -145,21 +184,31 @@ def hugging_face(location: str) -> ImageData:
     origin = f"hf:{location}"
     if path.exists():
         train_files, held_out_files = parquet_parts(path)
-        files = {"train": train_files, **({"test": held_out_files} if held_out_files else {})}
+        files = {
+            "train": train_files,
+            **({"test": held_out_files} if held_out_files else {}),
+        }
         try:
             tables = datasets.load_dataset("parquet", data_files=files)
-        except (ValueError, datasets.exceptions.DatasetGenerationError) as error:  # pyarrow's errors are ValueErrors
-            raise ValueError(f"{origin} is not readable parquet: {error.__cause__ or error}") from error
+        except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
+            # pyarrow's errors are ValueErrors
+            raise ValueError(
+                f"{origin} is not readable parquet: {error.__cause__ or error}"
+            ) from error
     elif path.suffix == ".parquet" or path.is_absolute():
         raise FileNotFoundError(f"there is no file {path}")
     else:
         try:
             tables = datasets.load_dataset(location)
         except (OSError, datasets.exceptions.DatasetNotFoundError) as error:
-            raise FileNotFoundError(f"{origin} is neither a file here nor a dataset the Hub gave: {error}") from error
+            raise FileNotFoundError(
+                f"{origin} is neither a file here nor a dataset the Hub gave: {error}"
+            ) from error
     train_name = "train" if "train" in tables else next(iter(tables))
     train, classes = table_images(tables[train_name], origin)
-    held_out_name = next((name for name in ("validation", "val", "test") if name in tables), None)
+    held_out_name = next(
+        (name for name in ("validation", "val", "test") if name in tables), None
+    )
     if held_out_name in (None, train_name):
         return split_source(train, classes, HELD_OUT, origin)
     held_out, _ = table_images(tables[held_out_name], origin)
@@ -178,18 +227,34 @@ def image_column(features: Any, origin: str) -> str:
 
     columns = [name for name, feature in features.items() if holds_images(feature)]
     if not columns:
-        raise ValueError(f"{origin} has no image column (struct of bytes and path); its columns: {list(features)}")
+        raise ValueError(
+            f"{origin} has no image column (struct of bytes and path); its columns: {list(features)}"
+        )
     return columns[0]
 
 
 def table_images(table: Any, origin: str) -> tuple[TableImages, list[str]]:
-    """Pictures and class names of one Hugging Face table; ``ValueError`` if no column holds images."""
+    """Pictures and class names of one Hugging Face table; ``ValueError`` if no column
+    holds images.
+    """
     import datasets
 
     column = image_column(table.features, origin)
-    typed = [name for name, feature in table.features.items() if isinstance(feature, datasets.ClassLabel)]
-    label = "label" if "label" in table.column_names else (typed[0] if len(typed) == 1 else None)
-    labels = None if label is None else np.asarray(table.with_format("numpy")[label][:], dtype=np.int64)
+    typed = [
+        name
+        for name, feature in table.features.items()
+        if isinstance(feature, datasets.ClassLabel)
+    ]
+    label = (
+        "label"
+        if "label" in table.column_names
+        else (typed[0] if len(typed) == 1 else None)
+    )
+    labels = (
+        None
+        if label is None
+        else np.asarray(table.with_format("numpy")[label][:], dtype=np.int64)
+    )
     if labels is None or label is None:
         classes = []
     elif isinstance(table.features[label], datasets.ClassLabel):
@@ -201,7 +266,8 @@ def table_images(table: Any, origin: str) -> tuple[TableImages, list[str]]:
 
 
 def open_data(spec: str, root: str | Path = "data") -> ImageData:
-    """Open ``digits``, ``folder:PATH``, ``torchvision:NAME`` or ``hf:NAME-OR-PARQUET-PATH``.
+    """Open ``digits``, ``folder:PATH``, ``torchvision:NAME`` or
+    ``hf:NAME-OR-PARQUET-PATH``.
 
     Parameters
     ----------
@@ -227,5 +293,11 @@ def open_data(spec: str, root: str | Path = "data") -> ImageData:
     if kind in ("folder", "torchvision", "hf") and location:
         if kind == "folder":
             return folder(location)
-        return torchvision_data(location, root) if kind == "torchvision" else hugging_face(location)
-    raise ValueError(f"data={spec!r}: accepted are digits, folder:PATH, torchvision:NAME, hf:NAME-OR-PARQUET-PATH")
+        return (
+            torchvision_data(location, root)
+            if kind == "torchvision"
+            else hugging_face(location)
+        )
+    raise ValueError(
+        f"data={spec!r}: accepted are digits, folder:PATH, torchvision:NAME, hf:NAME-OR-PARQUET-PATH"
+    )

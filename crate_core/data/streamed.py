@@ -1,17 +1,22 @@
-r"""Hugging Face datasets read as they come (``streaming=True``), for what fits neither in memory nor on the disk.
+r"""Hugging Face datasets read as they come (``streaming=True``), for what fits neither
+in memory nor on the disk.
 
-A stream has no random access, so an epoch is the data's own order through a shuffle buffer of ``BUFFER`` rows:
+A stream has no random access, so an epoch is the data's own order through a shuffle
+buffer of ``BUFFER`` rows:
 
 .. math:: q = tB + b, \qquad \text{epoch} = \lfloor q / n \rfloor, \qquad
           \text{row} = \mathrm{shuffled}_{(\text{seed},\,\text{epoch})}\big(q \bmod n\big),
 
 files in random order, rows mixed over a buffer's length.  What that means:
 
-* Batches are a function of (seed, step), whatever the number of loader processes, as for other data.  A process of
-  several decodes its share, and reads all of it.
-* A run that is continued skips the rows of its epoch that were used already: exact, and as slow as reading them.
-* Rows that lie far apart in a file are never in one batch: data sorted by class should be shuffled when written.
-* Labels are not read.  Where the data has no part of its own for it, the first rows are held out.
+* Batches are a function of (seed, step), whatever the number of loader processes, as
+  for other data.  A process of several decodes its share, and reads all of it.
+* A run that is continued skips the rows of its epoch that were used already: exact, and
+  as slow as reading them.
+* Rows that lie far apart in a file are never in one batch: data sorted by class should
+  be shuffled when written.
+* Labels are not read.  Where the data has no part of its own for it, the first rows are
+  held out.
 
 Book: :ref:`ch-pretraining`.
 """
@@ -28,7 +33,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from crate_core.data.batches import Batch, Stream, TrainingPictures, local_rows, random_key
+from crate_core.data.batches import (
+    Batch,
+    Stream,
+    TrainingPictures,
+    local_rows,
+    random_key,
+)
 from crate_core.data.named import image_column, parquet_parts
 from crate_core.data.sources import ImageData, ImageSource, Picture, open_picture
 
@@ -36,19 +47,25 @@ BUFFER = 10_000
 """Rows of the shuffle buffer."""
 
 KEPT_ROWS = 2048
-"""Rows that are kept in memory to be held out, and of the training part for the yardsticks."""
+"""Rows that are kept in memory to be held out, and of the training part for the
+yardsticks.
+"""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A picture as it comes: the file's bytes and a number made from them, the same in every epoch."""
+    """A picture as it comes: the file's bytes and a number made from them, the same in
+    every epoch.
+    """
 
     data: bytes
     index: int
 
 
 def encoded(cell: Any) -> Row:
-    """A cell of an image column as a row; one without bytes is read from its path, or empty."""
+    """A cell of an image column as a row; one without bytes is read from its path, or
+    empty.
+    """
     data: bytes = b""
     if cell is not None and cell["bytes"] is not None:
         data = cell["bytes"]
@@ -76,7 +93,9 @@ class EncodedImages(ImageSource):
 
 @dataclass(eq=False)
 class StreamedImages(ImageSource):
-    """Pictures in the order of a stream, ``count`` an epoch; ``first`` are those that can be looked at by number."""
+    """Pictures in the order of a stream, ``count`` an epoch; ``first`` are those that
+    can be looked at by number.
+    """
 
     table: Any
     column: str
@@ -91,19 +110,25 @@ class StreamedImages(ImageSource):
         return f"{self.first.origin} row {index}"
 
     def decode(self, index: int) -> Picture:
-        # Yardsticks look at pictures spread over a source; of a stream they get its first ones.
+        # Yardsticks look at pictures spread over a source; of a stream they get its
+        # first ones.
         return self.first.decode(index * len(self.first) // self.count)
 
     def epoch(self, seed: int, epoch: int) -> Iterator[Row]:
         """All rows of one epoch, shuffled as a function of (seed, epoch)."""
         key = random_key(seed, Stream.SHUFFLE, epoch) % 2**32
-        return (encoded(row[self.column]) for row in self.table.shuffle(seed=key, buffer_size=self.buffer))
+        return (
+            encoded(row[self.column])
+            for row in self.table.shuffle(seed=key, buffer_size=self.buffer)
+        )
 
 
 class StreamedBatches(Sampler[list[tuple[int, Row]]]):
-    """For each step from ``start`` to ``stop``, this process's share of the global batch as (epoch, row) pairs.
+    """For each step from ``start`` to ``stop``, this process's share of the global
+    batch as (epoch, row) pairs.
 
-    Parameters and errors as those of :class:`crate_core.data.batches.StepBatches`, with the source in place of the count.
+    Parameters and errors as those of :class:`crate_core.data.batches.StepBatches`, with
+    the source in place of the count.
     """
 
     def __init__(
@@ -117,7 +142,9 @@ class StreamedBatches(Sampler[list[tuple[int, Row]]]):
         processes: int = 1,
     ) -> None:
         if batch_size % processes:
-            raise ValueError(f"batch_size={batch_size} must be a multiple of the number of processes, {processes}")
+            raise ValueError(
+                f"batch_size={batch_size} must be a multiple of the number of processes, {processes}"
+            )
         self.source, self.batch_size, self.seed = source, batch_size, seed
         self.start, self.stop = start, stop
         self.rows = local_rows(batch_size, process, processes)
@@ -129,7 +156,11 @@ class StreamedBatches(Sampler[list[tuple[int, Row]]]):
         """The rows from the first one of step ``start`` on, epoch after epoch."""
         first, skipped = divmod(self.start * self.batch_size, len(self.source))
         for epoch in itertools.count(first):
-            rows = itertools.islice(self.source.epoch(self.seed, epoch), skipped if epoch == first else 0, None)
+            rows = itertools.islice(
+                self.source.epoch(self.seed, epoch),
+                skipped if epoch == first else 0,
+                None,
+            )
             yield from ((epoch, row) for row in rows)
 
     def __iter__(self) -> Iterator[list[tuple[int, Row]]]:
@@ -140,7 +171,9 @@ class StreamedBatches(Sampler[list[tuple[int, Row]]]):
 
 
 class OneBatch(TrainingPictures):
-    """The pictures of one streamed batch; a picture that cannot be read is replaced by another of them."""
+    """The pictures of one streamed batch; a picture that cannot be read is replaced by
+    another of them.
+    """
 
     def __init__(self, rows: list[Row], like: TrainingPictures) -> None:
         source = EncodedImages(rows, like.source.name(0).removesuffix(" row 0"))
@@ -148,26 +181,35 @@ class OneBatch(TrainingPictures):
         self.rows = rows
 
     def transform(self, picture: Picture, epoch: int, index: int) -> Tensor:
-        """The picture (C, H, W) as epoch ``epoch`` sees it, whatever its place in the batch."""
+        """The picture (C, H, W) as epoch ``epoch`` sees it, whatever its place in the
+        batch.
+        """
         return super().transform(picture, epoch, self.rows[index].index)
 
 
 class StreamedPictures(TrainingPictures):
-    """Batches of streamed pictures, asked for by lists of (epoch, row) from :class:`StreamedBatches`.
+    """Batches of streamed pictures, asked for by lists of (epoch, row) from
+    :class:`StreamedBatches`.
 
     The main process reads, the loader's processes decode.
     """
 
     def __getitems__(self, items: list[tuple[int, Row]]) -> Batch:  # type: ignore[override]
         rows = [row for _, row in items]
-        batch = OneBatch(rows, self).__getitems__([(epoch, place) for place, (epoch, _) in enumerate(items)])
+        batch = OneBatch(rows, self).__getitems__(
+            [(epoch, place) for place, (epoch, _) in enumerate(items)]
+        )
         indices = torch.tensor([rows[place].index for place in batch.indices.tolist()])
-        unreadable = tuple((rows[place].index, message) for place, message in batch.unreadable)
+        unreadable = tuple(
+            (rows[place].index, message) for place, message in batch.unreadable
+        )
         return Batch(batch.images, indices, unreadable, batch.complete)
 
 
 def parts(location: str) -> tuple[dict[str, Any], dict[str, int | None]]:
-    """Streams by part ("train", "test", ...) and the number of rows of each, ``None`` where it is not known."""
+    """Streams by part ("train", "test", ...) and the number of rows of each, ``None``
+    where it is not known.
+    """
     import datasets
 
     path = Path(location).expanduser()
@@ -176,24 +218,42 @@ def parts(location: str) -> tuple[dict[str, Any], dict[str, int | None]]:
         import pyarrow.parquet
 
         train_files, held_out_files = parquet_parts(path)
-        files = {"train": train_files, **({"test": held_out_files} if held_out_files else {})}
+        files = {
+            "train": train_files,
+            **({"test": held_out_files} if held_out_files else {}),
+        }
         try:
-            counts = {name: sum(pyarrow.parquet.read_metadata(f).num_rows for f in of) for name, of in files.items()}
+            counts = {
+                name: sum(pyarrow.parquet.read_metadata(f).num_rows for f in of)
+                for name, of in files.items()
+            }
         except pyarrow.ArrowInvalid as error:
-            raise ValueError(f"hf:{location} is not readable parquet: {error}") from error
-        return datasets.load_dataset("parquet", data_files=files, streaming=True), dict(counts)
+            raise ValueError(
+                f"hf:{location} is not readable parquet: {error}"
+            ) from error
+        return datasets.load_dataset("parquet", data_files=files, streaming=True), dict(
+            counts
+        )
     if path.suffix == ".parquet" or path.is_absolute():
         raise FileNotFoundError(f"there is no file {path}")
     try:
         tables = datasets.load_dataset(location, streaming=True)
     except (OSError, datasets.exceptions.DatasetNotFoundError) as error:
-        raise FileNotFoundError(f"hf:{location} is neither a file here nor a dataset the Hub gave: {error}") from error
-    known = {name: (table.info.splits or {}).get(name) for name, table in tables.items()}
-    return tables, {name: None if split is None else split.num_examples or None for name, split in known.items()}
+        raise FileNotFoundError(
+            f"hf:{location} is neither a file here nor a dataset the Hub gave: {error}"
+        ) from error
+    known = {
+        name: (table.info.splits or {}).get(name) for name, table in tables.items()
+    }
+    return tables, {
+        name: None if split is None else split.num_examples or None
+        for name, split in known.items()
+    }
 
 
 def stream_data(location: str) -> ImageData:
-    """A dataset in the Hugging Face image schema as a stream: parquet files here, or a name on the Hub.
+    """A dataset in the Hugging Face image schema as a stream: parquet files here, or a
+    name on the Hub.
 
     Raises
     ------
@@ -211,15 +271,21 @@ def stream_data(location: str) -> ImageData:
     train_name = "train" if "train" in tables else next(iter(tables))
     count = counts[train_name]
     if count is None:
-        raise ValueError(f"{origin} does not say how many rows {train_name} has; read it without streaming")
-    held_out_name = next((name for name in ("validation", "val", "test") if name in tables), None)
+        raise ValueError(
+            f"{origin} does not say how many rows {train_name} has; read it without streaming"
+        )
+    held_out_name = next(
+        (name for name in ("validation", "val", "test") if name in tables), None
+    )
     other_name = held_out_name if held_out_name not in (None, train_name) else None
     table = tables[train_name]
     features = table.features or table._resolve_features().features
     column = image_column(features, origin)
 
     def kept(stream: Any, rows: int) -> EncodedImages:
-        return EncodedImages([encoded(row[column]) for row in stream.take(rows)], origin)
+        return EncodedImages(
+            [encoded(row[column]) for row in stream.take(rows)], origin
+        )
 
     table, other = (
         part.cast_column(column, datasets.Image(decode=False))
@@ -227,12 +293,12 @@ def stream_data(location: str) -> ImageData:
     )
     rows = min(KEPT_ROWS, count // 10) if other_name is None else KEPT_ROWS
     if rows < 1:
-        raise ValueError(f"{origin}: a held-out part needs at least ten rows, got {count}")
+        raise ValueError(
+            f"{origin}: a held-out part needs at least ten rows, got {count}"
+        )
     held_out = kept(other, rows)
     if other_name is None:
         table, count = table.skip(rows), count - rows
     train = StreamedImages(table, column, count, kept(table, KEPT_ROWS))
-    description = (
-        f"{origin}: {count:,} to train on (streamed), {len(held_out):,} held out ({other_name or 'the first rows'})"
-    )
+    description = f"{origin}: {count:,} to train on (streamed), {len(held_out):,} held out ({other_name or 'the first rows'})"
     return ImageData(train, held_out, (), description)

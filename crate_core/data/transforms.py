@@ -1,7 +1,8 @@
 r"""A picture brought to a model's size, channels and type, whole or as a random crop.
 
-A random crop is a function of a key alone.  With uniform numbers :math:`u_1, u_2, \dots` in [0, 1) that a mixing
-function draws from it, the crop of a picture of W by H pixels has
+A random crop is a function of a key alone.  With uniform numbers :math:`u_1, u_2,
+\dots` in [0, 1) that a mixing function draws from it, the crop of a picture of W by H
+pixels has
 
 .. math:: \text{area} = WH\,(s_0 + (s_1 - s_0)\, u_1), \qquad
           \text{width}/\text{height} = (4/3)^{2 u_2 - 1}, \qquad s = (0.2, 1),
@@ -38,7 +39,9 @@ WORD = 2**64 - 1
 
 
 def mixed(number: int) -> int:
-    """64 well-mixed bits of an integer: the output function of SplitMix64 (Steele, Lea and Flood, 2014)."""
+    """64 well-mixed bits of an integer: the output function of SplitMix64 (Steele, Lea
+    and Flood, 2014).
+    """
     z = number & WORD
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & WORD
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & WORD
@@ -46,8 +49,8 @@ def mixed(number: int) -> int:
 
 
 def uniforms(key: int) -> Iterator[float]:
-    """Endless uniform numbers in [0, 1), a function of ``key``: SplitMix64.  A generator object of numpy or torch
-    costs more to seed than a small picture to crop.
+    """Endless uniform numbers in [0, 1), a function of ``key``: SplitMix64.  A
+    generator object of numpy or torch costs more to seed than a small picture to crop.
     """
     state = mixed(key)
     while True:
@@ -55,10 +58,14 @@ def uniforms(key: int) -> Iterator[float]:
         yield (mixed(state) >> 11) * 2.0**-53
 
 
-def crop_box(width: int, height: int, draws: Iterator[float]) -> tuple[int, int, int, int]:
-    """A random crop (left, top, right, bottom) of a picture, by the formula of the module.
+def crop_box(
+    width: int, height: int, draws: Iterator[float]
+) -> tuple[int, int, int, int]:
+    """A random crop (left, top, right, bottom) of a picture, by the formula of the
+    module.
 
-    Book: :ref:`ch-pretraining`.  The distribution of torchvision's RandomResizedCrop, which MAE uses.
+    Book: :ref:`ch-pretraining`.  The distribution of torchvision's RandomResizedCrop,
+    which MAE uses.
     """
     low, high = CROP_SCALE
     for _ in range(ATTEMPTS):
@@ -66,28 +73,39 @@ def crop_box(width: int, height: int, draws: Iterator[float]) -> tuple[int, int,
         ratio = CROP_RATIO ** (2 * next(draws) - 1)
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
-            left, top = int(next(draws) * (width - w + 1)), int(next(draws) * (height - h + 1))
+            left, top = (
+                int(next(draws) * (width - w + 1)),
+                int(next(draws) * (height - h + 1)),
+            )
             return left, top, left + w, top + h
-    w, h = min(width, round(height * CROP_RATIO)), min(height, round(width * CROP_RATIO))
+    w, h = (
+        min(width, round(height * CROP_RATIO)),
+        min(height, round(width * CROP_RATIO)),
+    )
     left, top = (width - w) // 2, (height - h) // 2
     return left, top, left + w, top + h
 
 
 def in_mode(picture: Picture, channels: int) -> Picture:
-    """A PIL picture in the mode that has this many channels; tensors pass.  ``ValueError`` unless 1 or 3."""
+    """A PIL picture in the mode that has this many channels; tensors pass.
+    ``ValueError`` unless 1 or 3.
+    """
     if isinstance(picture, Tensor):
         return picture
     if channels not in (1, 3):
-        raise ValueError(f"image files are read as grey (1 channel) or colour (3), the model has {channels}")
+        raise ValueError(
+            f"image files are read as grey (1 channel) or colour (3), the model has {channels}"
+        )
     mode = "L" if channels == 1 else "RGB"
     return picture if picture.mode == mode else picture.convert(mode)
 
 
 def raw_tensor(picture: Picture, channels: int) -> Tensor:
-    """A picture as a tensor (C, H, W), grey for one channel and colour for three: bytes of a PIL picture that
-    :func:`in_mode` prepared, floats in [0, 1] of a tensor.
+    """A picture as a tensor (C, H, W), grey for one channel and colour for three: bytes
+    of a PIL picture that :func:`in_mode` prepared, floats in [0, 1] of a tensor.
 
-    Raises ``ValueError`` for other channel counts, unless the picture is a tensor that has just as many.
+    Raises ``ValueError`` for other channel counts, unless the picture is a tensor that
+    has just as many.
     """
     if not isinstance(picture, Tensor):
         pixels = torch.from_numpy(np.array(picture))
@@ -98,7 +116,9 @@ def raw_tensor(picture: Picture, channels: int) -> Tensor:
         return picture.expand(3, -1, -1)
     if len(picture) == 3 and channels == 1:
         return transforms.rgb_to_grayscale(picture)
-    raise ValueError(f"pictures of {len(picture)} channels do not fit a model of {channels}")
+    raise ValueError(
+        f"pictures of {len(picture)} channels do not fit a model of {channels}"
+    )
 
 
 def to_tensor(picture: Picture, channels: int) -> Tensor:
@@ -108,24 +128,30 @@ def to_tensor(picture: Picture, channels: int) -> Tensor:
 
 
 def fit(picture: Picture, size: Size) -> Picture:
-    """Resize so that the picture just covers ``size`` (height, width), bicubic, and cut the centre."""
+    """Resize so that the picture just covers ``size`` (height, width), bicubic, and cut
+    the centre.
+    """
     width, height = transforms.get_image_size(picture)
     if (height, width) == size:
         return picture
     scale = max(size[0] / height, size[1] / width)
     covering = [max(size[0], round(height * scale)), max(size[1], round(width * scale))]
-    resized = transforms.resize(picture, covering, InterpolationMode.BICUBIC, antialias=True)
+    resized = transforms.resize(
+        picture, covering, InterpolationMode.BICUBIC, antialias=True
+    )
     return transforms.center_crop(resized, list(size))
 
 
 def prepare(picture: Picture, size: Size, channels: int) -> Tensor:
-    """What evaluation sees: :func:`fit`, then a tensor (channels, height, width) in [0, 1]."""
+    """What evaluation sees: :func:`fit`, then a tensor (channels, height, width) in [0,
+    1].
+    """
     return to_tensor(fit(in_mode(picture, channels), size), channels).clamp(0, 1)
 
 
 def crop_flip(picture: Picture, size: Size, key: int) -> Picture:
-    """:func:`crop_box` brought to ``size`` (height, width), bicubic, and flipped from left to right half the time: a
-    function of ``key`` alone.
+    """:func:`crop_box` brought to ``size`` (height, width), bicubic, and flipped from
+    left to right half the time: a function of ``key`` alone.
     """
     draws = uniforms(key)
     flipped = next(draws) < 0.5
@@ -133,13 +159,24 @@ def crop_flip(picture: Picture, size: Size, key: int) -> Picture:
     left, top, right, bottom = crop_box(width, height, draws)
     if isinstance(picture, Tensor):
         cropped = transforms.resized_crop(
-            picture, top, left, bottom - top, right - left, list(size), InterpolationMode.BICUBIC, antialias=True
+            picture,
+            top,
+            left,
+            bottom - top,
+            right - left,
+            list(size),
+            InterpolationMode.BICUBIC,
+            antialias=True,
         )
         return transforms.hflip(cropped) if flipped else cropped
-    resized = picture.crop((left, top, right, bottom)).resize(size[::-1], Image.Resampling.BICUBIC)
+    resized = picture.crop((left, top, right, bottom)).resize(
+        size[::-1], Image.Resampling.BICUBIC
+    )
     return resized.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flipped else resized
 
 
 def augmented(picture: Picture, size: Size, channels: int, key: int) -> Tensor:
     """:func:`crop_flip` as a tensor (channels, height, width) in [0, 1]."""
-    return to_tensor(crop_flip(in_mode(picture, channels), size, key), channels).clamp(0, 1)
+    return to_tensor(crop_flip(in_mode(picture, channels), size, key), channels).clamp(
+        0, 1
+    )

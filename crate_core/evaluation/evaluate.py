@@ -1,4 +1,5 @@
-r"""Evaluation of a checkpoint: probes, neighbours, fine-tuning, each beside its controls, and reconstruction.
+r"""Evaluation of a checkpoint: probes, neighbours, fine-tuning, each beside its
+controls, and reconstruction.
 
 Book: :ref:`ch-evaluation`.
 """
@@ -17,10 +18,22 @@ from crate_core.data.named import open_data
 from crate_core.data.sources import ImageData
 from crate_core.evaluation.finetune import FinetuneConfig, finetune
 from crate_core.evaluation.neighbours import NEIGHBOURS, neighbour_judge
-from crate_core.evaluation.probe import Judge, Score, check_labels, judge_features, probe_judges, untrained
+from crate_core.evaluation.probe import (
+    Judge,
+    Score,
+    check_labels,
+    judge_features,
+    probe_judges,
+    untrained,
+)
 from crate_core.model.autoencoder import MaskedAutoencoder
 from crate_core.model.build import load_model
-from crate_core.training.run_directory import RUN_FILE, device_name, provenance, write_json
+from crate_core.training.run_directory import (
+    RUN_FILE,
+    device_name,
+    provenance,
+    write_json,
+)
 from crate_core.training.yardsticks import reconstruction_by_ratio, some_pictures
 
 EVALUATION_FILE = "evaluation.json"
@@ -33,7 +46,9 @@ def run_data(checkpoint: str | Path) -> tuple[str, str]:
     """
     record = Path(checkpoint) / RUN_FILE
     if not record.is_file():
-        raise ValueError(f"{checkpoint} has no {RUN_FILE} that says what it was trained on: give --data")
+        raise ValueError(
+            f"{checkpoint} has no {RUN_FILE} that says what it was trained on: give --data"
+        )
     config = json.loads(record.read_text())["config"]
     return config["data"], config["data_root"]
 
@@ -55,14 +70,20 @@ def evaluate(
 
     Parameters
     ----------
-    checkpoint : directory, bundled name or Hub id, as :func:`crate_core.model.build.load_model` takes.
-    data : as :func:`crate_core.data.named.open_data` takes; what the checkpoint was trained on unless given.
+    checkpoint : directory, bundled name or Hub id, as
+        :func:`crate_core.model.build.load_model` takes.
+    data : as :func:`crate_core.data.named.open_data` takes; what the checkpoint was
+        trained on unless given.
     seeds : how many seeds, at least 1.
-    labels_per_class : for the probes' second column, see :func:`crate_core.evaluation.probe.linear_probes`.
-    mask_ratios : where reconstruction is measured, see :func:`crate_core.training.yardsticks.reconstruction_by_ratio`; none
-        leaves it out.
-    probe, neighbours : fit linear probes, and let nearest neighbours vote; both need labels.
-    fine_tuning : also fine-tune the model, and the same network from scratch, once for each seed; ``None`` does not.
+    labels_per_class : for the probes' second column, see
+        :func:`crate_core.evaluation.probe.linear_probes`.
+    mask_ratios : where reconstruction is measured, see
+        :func:`crate_core.training.yardsticks.reconstruction_by_ratio`; none leaves it
+        out.
+    probe, neighbours : fit linear probes, and let nearest neighbours vote; both need
+        labels.
+    fine_tuning : also fine-tune the model, and the same network from scratch, once for
+        each seed; ``None`` does not.
     device, workers : where and with how many reading processes.
     command : what to record as the command.
 
@@ -88,15 +109,25 @@ def evaluate(
     if labelled:
         check_labels(pictures, labels_per_class)
     elif fine_tuning is not None:
-        raise ValueError("fine-tuning needs labels (class folders, or a label column); these pictures have none")
+        raise ValueError(
+            "fine-tuning needs labels (class folders, or a label column); these pictures have none"
+        )
 
     clock = Stopwatch()
     judges: dict[str, Judge] = probe_judges(labels_per_class) if probe else {}
     if neighbours:
         judges[f"{NEIGHBOURS} neighbours"] = neighbour_judge
-    judged = judge_features(model, pictures, range(seeds), judges, workers) if labelled and judges else {}
+    judged = (
+        judge_features(model, pictures, range(seeds), judges, workers)
+        if labelled and judges
+        else {}
+    )
     clock.lap("features, probes and neighbours")
-    tuned = None if fine_tuning is None else compare_fine_tuning(model, pictures, fine_tuning, range(seeds))
+    tuned = (
+        None
+        if fine_tuning is None
+        else compare_fine_tuning(model, pictures, fine_tuning, range(seeds))
+    )
     clock.lap("fine-tuning")
     mean_picture = some_pictures(pictures.train, model.config).mean(dim=0)
     held_out = some_pictures(pictures.held_out, model.config)
@@ -131,18 +162,30 @@ class Stopwatch:
         self.laps[name], self.last = round(now - self.last, 2), now
 
 
-def columns_of(judged: Mapping[str, Mapping[str, Score]], names: Collection[str]) -> dict[str, Any] | None:
-    """Some columns of a table of scores, ready for JSON; ``None`` if none of them is there."""
-    chosen = {row: {c: score.to_dict() for c, score in by.items() if c in names} for row, by in judged.items()}
+def columns_of(
+    judged: Mapping[str, Mapping[str, Score]], names: Collection[str]
+) -> dict[str, Any] | None:
+    """Some columns of a table of scores, ready for JSON; ``None`` if none of them is
+    there.
+    """
+    chosen = {
+        row: {c: score.to_dict() for c, score in by.items() if c in names}
+        for row, by in judged.items()
+    }
     return chosen if any(chosen.values()) else None
 
 
 def compare_fine_tuning(
-    model: MaskedAutoencoder, data: ImageData, config: FinetuneConfig, seeds: Sequence[int]
+    model: MaskedAutoencoder,
+    data: ImageData,
+    config: FinetuneConfig,
+    seeds: Sequence[int],
 ) -> dict[str, Any]:
-    """Held-out accuracy after fine-tuning, and after the same training from scratch, once for each seed.
+    """Held-out accuracy after fine-tuning, and after the same training from scratch,
+    once for each seed.
 
-    From scratch all layers learn at the same rate, whatever ``config.layer_decay``.  ``model`` is left as it is.
+    From scratch all layers learn at the same rate, whatever ``config.layer_decay``.
+    ``model`` is left as it is.
 
     Returns
     -------
@@ -154,10 +197,17 @@ def compare_fine_tuning(
     accuracies: dict[str, list[float]] = {"pretrained": [], "from scratch": []}
     for seed in seeds:
         own = replace(config, seed=seed)
-        accuracies["pretrained"].append(finetune(copy.deepcopy(model), data, own).accuracy)
+        accuracies["pretrained"].append(
+            finetune(copy.deepcopy(model), data, own).accuracy
+        )
         fresh = untrained(model.config, seed).to(device)
-        accuracies["from scratch"].append(finetune(fresh, data, replace(own, layer_decay=1.0)).accuracy)
-    return {"scores": {row: Score(tuple(a)).to_dict() for row, a in accuracies.items()}, "config": asdict(config)}
+        accuracies["from scratch"].append(
+            finetune(fresh, data, replace(own, layer_decay=1.0)).accuracy
+        )
+    return {
+        "scores": {row: Score(tuple(a)).to_dict() for row, a in accuracies.items()},
+        "config": asdict(config),
+    }
 
 
 def table(record: dict[str, Any]) -> list[str]:
@@ -176,16 +226,24 @@ def table(record: dict[str, Any]) -> list[str]:
         lines.append("linear probes and nearest neighbours: left out, or no labels")
     if tuned is not None:
         rows = {row: {"fine-tuned": score} for row, score in tuned["scores"].items()}
-        lines += [f"after {tuned['config']['epochs']:g} epochs with labels, {over}", *score_lines(rows)]
+        lines += [
+            f"after {tuned['config']['epochs']:g} epochs with labels, {over}",
+            *score_lines(rows),
+        ]
     if record["reconstruction"]:
         lines.append("reconstruction of removed patches by masking ratio")
-        lines.append(f"  {'masking ratio':28}{'loss':>10}{'PSNR, dB':>12}{'of the mean picture':>24}")
+        lines.append(
+            f"  {'masking ratio':28}{'loss':>10}{'PSNR, dB':>12}{'of the mean picture':>24}"
+        )
     for score in record["reconstruction"]:
         lines.append(
             f"  {score['mask_ratio']:<28g}{score['loss']:>10.4f}"
             f"{score['psnr']:>12.2f}{score['mean_picture_psnr']:>24.2f}"
         )
-    lines.append("seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in record["seconds"].items()))
+    lines.append(
+        "seconds: "
+        + ", ".join(f"{name} {value:.0f}" for name, value in record["seconds"].items())
+    )
     return lines
 
 
@@ -194,7 +252,10 @@ def score_lines(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
     columns = list(next(iter(rows.values())))
     lines = [f"  {'':28}" + "".join(f"{column:>22}" for column in columns)]
     for row, by in rows.items():
-        cells = [f"{100 * by[column]['mean']:.1f} ± {100 * by[column]['std']:.1f}" for column in columns]
+        cells = [
+            f"{100 * by[column]['mean']:.1f} ± {100 * by[column]['std']:.1f}"
+            for column in columns
+        ]
         lines.append(f"  {row:28}" + "".join(f"{cell:>22}" for cell in cells))
     return lines
 

@@ -1,7 +1,8 @@
 r"""Fine-tuning: an encoder with a linear classifier on top, trained whole with labels.
 
-Pretrained or from scratch, of either architecture.  Step t draws its pictures and augmentation from (seed, t) alone
-(:mod:`crate_core.data.batches`), so that a run is a function of its configuration.
+Pretrained or from scratch, of either architecture.  Step t draws its pictures and
+augmentation from (seed, t) alone (:mod:`crate_core.data.batches`), so that a run is a
+function of its configuration.
 
 Book: :ref:`ch-evaluation`.
 """
@@ -38,19 +39,23 @@ Pooling = Literal["patch_mean", "class_token"]
 FinetuneAugmentation = Literal["none", "crop_flip", "shift_flip"]
 
 SHIFT = 0.125
-"""Largest shift of "shift_flip", as a share of the side: four pixels of CIFAR-10's thirty-two."""
+"""Largest shift of "shift_flip", as a share of the side: four pixels of CIFAR-10's
+thirty-two.
+"""
 
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """Every choice of a fine-tuning run; defaults as in MAE's fine-tuning where it has them.
+    """Every choice of a fine-tuning run; defaults as in MAE's fine-tuning where it has
+    them.
 
     Raises
     ------
     ValueError
         On construction, naming the field, what was given and what is accepted.
 
-    Book: :ref:`ch-evaluation`.  MAE also uses stochastic depth, RandAugment, mixup and cutmix, which this does not.
+    Book: :ref:`ch-evaluation`.  MAE also uses stochastic depth, RandAugment, mixup and
+    cutmix, which this does not.
     """
 
     epochs: float = 20.0
@@ -62,7 +67,8 @@ class FinetuneConfig:
     warmup_epochs: float = 1.0
     """Epochs of linear warm-up from zero."""
     weight_decay: float = 0.05
-    """AdamW's weight decay; none on biases, norms and other one-dimensional parameters."""
+    """AdamW's weight decay; none on biases, norms and other one-dimensional parameters.
+    """
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's averaging constants."""
     layer_decay: float = 0.75
@@ -72,7 +78,9 @@ class FinetuneConfig:
     pooling: Pooling = "patch_mean"
     """What the classifier reads: the mean of patch tokens, or the class token."""
     augmentation: FinetuneAugmentation = "shift_flip"
-    """none, crop_flip (as in pretraining), or shift_flip: up to an eighth of the side, and horizontal flip."""
+    """none, crop_flip (as in pretraining), or shift_flip: up to an eighth of the side,
+    and horizontal flip.
+    """
     seed: int = 0
     """Fixes the order of pictures and augmentation."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -85,30 +93,51 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         def accept(name: str, ok: bool, accepted: str) -> None:
             if not ok:
-                raise ValueError(f"{name}={getattr(self, name)!r}: accepted is {accepted}")
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r}: accepted is {accepted}"
+                )
 
         accept("batch_size", self.batch_size >= 1, "an integer of at least 1")
         for name in ("epochs", "lr"):
             accept(name, 0 < getattr(self, name) < math.inf, "a positive number")
         for name in ("weight_decay", "workers", "seed"):
-            accept(name, 0 <= getattr(self, name) < math.inf, "zero or a positive number")
-        accept("warmup_epochs", 0 <= self.warmup_epochs < self.epochs, f"0 to less than epochs={self.epochs:g}")
-        accept("betas", len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "two numbers in [0, 1)")
+            accept(
+                name, 0 <= getattr(self, name) < math.inf, "zero or a positive number"
+            )
+        accept(
+            "warmup_epochs",
+            0 <= self.warmup_epochs < self.epochs,
+            f"0 to less than epochs={self.epochs:g}",
+        )
+        accept(
+            "betas",
+            len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
+            "two numbers in [0, 1)",
+        )
         accept("layer_decay", 0 < self.layer_decay <= 1, "a number in (0, 1]")
         accept("label_smoothing", 0 <= self.label_smoothing < 1, "a number in [0, 1)")
-        accept("pooling", self.pooling in get_args(Pooling), " or ".join(get_args(Pooling)))
+        accept(
+            "pooling", self.pooling in get_args(Pooling), " or ".join(get_args(Pooling))
+        )
         choices = get_args(FinetuneAugmentation)
-        accept("augmentation", self.augmentation in choices, f"{', '.join(choices[:-1])} or {choices[-1]}")
+        accept(
+            "augmentation",
+            self.augmentation in choices,
+            f"{', '.join(choices[:-1])} or {choices[-1]}",
+        )
         accept("precision", self.precision in ("fp32", "bf16"), "fp32 or bf16")
 
 
 def pool(tokens: Tokens, pooling: Pooling) -> PictureVectors:
-    r"""Encoder output (B, 1 + L, d) as one row a picture (B, d): :math:`z_0`, or :math:`\tfrac1L \sum_{i\ge1} z_i`."""
+    r"""Encoder output (B, 1 + L, d) as one row a picture (B, d): :math:`z_0`, or
+    :math:`\tfrac1L \sum_{i\ge1} z_i`.
+    """
     return tokens[:, 0] if pooling == "class_token" else tokens[:, 1:].mean(dim=1)
 
 
 class Classifier(nn.Module):
-    r"""A linear classifier on an encoder, :math:`W\,\mathrm{pool}(\mathrm{LN}(X^L)) + b`, W and b zero at first.
+    r"""A linear classifier on an encoder, :math:`W\,\mathrm{pool}(\mathrm{LN}(X^L)) +
+    b`, W and b zero at first.
 
     Parameters
     ----------
@@ -116,10 +145,16 @@ class Classifier(nn.Module):
     classes : how many there are.
     pooling : what the classifier reads.
 
-    Book: :ref:`ch-evaluation`.  MAE pools before the last LayerNorm; here the encoder's own one comes first.
+    Book: :ref:`ch-evaluation`.  MAE pools before the last LayerNorm; here the encoder's
+    own one comes first.
     """
 
-    def __init__(self, autoencoder: MaskedAutoencoder, classes: int, pooling: Pooling = "patch_mean") -> None:
+    def __init__(
+        self,
+        autoencoder: MaskedAutoencoder,
+        classes: int,
+        pooling: Pooling = "patch_mean",
+    ) -> None:
         super().__init__()
         self.autoencoder, self.pooling = autoencoder, pooling
         self.head = nn.Linear(autoencoder.config.dim, classes)
@@ -131,8 +166,8 @@ class Classifier(nn.Module):
         return self.head(pool(self.autoencoder.forward_features(images), self.pooling))
 
     def layer_index(self, name: str) -> int | None:
-        """Depth of a parameter: 0 for the embedding, then the layers, last the norm and the classifier; ``None`` for
-        one that the forward pass does not use.
+        """Depth of a parameter: 0 for the embedding, then the layers, last the norm and
+        the classifier; ``None`` for one that the forward pass does not use.
         """
         parts = name.split(".")
         if parts[0] == "head" or parts[1] == "encoder_norm":
@@ -142,9 +177,12 @@ class Classifier(nn.Module):
         return 0 if parts[1] in ("patch_embedding", "class_token") else None
 
 
-def layer_groups(model: Classifier, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
-    r"""AdamW's groups for the parameters that are used, with ``scale`` :math:`\gamma^{\,D + 1 - \ell}` for the
-    learning rate of depth :math:`\ell` of 0..D+1, and weight decay for matrices only.
+def layer_groups(
+    model: Classifier, weight_decay: float, layer_decay: float
+) -> list[dict[str, Any]]:
+    r"""AdamW's groups for the parameters that are used, with ``scale``
+    :math:`\gamma^{\,D + 1 - \ell}` for the learning rate of depth :math:`\ell` of
+    0..D+1, and weight decay for matrices only.
 
     Book: :ref:`ch-evaluation`.
     """
@@ -155,14 +193,18 @@ def layer_groups(model: Classifier, weight_decay: float, layer_decay: float) -> 
         if depth is not None:
             groups.setdefault((depth, parameter.ndim > 1), []).append(parameter)
     return [
-        {"params": parameters, "weight_decay": weight_decay * matrix, "scale": layer_decay ** (last - depth)}
+        {
+            "params": parameters,
+            "weight_decay": weight_decay * matrix,
+            "scale": layer_decay ** (last - depth),
+        }
         for (depth, matrix), parameters in groups.items()
     ]
 
 
 def shifted(image: Tensor, key: int) -> Tensor:
-    """A picture (C, H, W) shifted by up to ``SHIFT`` of its side each way, edges repeated, and flipped half of the
-    time: a function of ``key`` alone.
+    """A picture (C, H, W) shifted by up to ``SHIFT`` of its side each way, edges
+    repeated, and flipped half of the time: a function of ``key`` alone.
     """
     height, width = image.shape[-2:]
     rows, columns = round(SHIFT * height), round(SHIFT * width)
@@ -176,8 +218,12 @@ def shifted(image: Tensor, key: int) -> Tensor:
 class LabelledPictures(TrainingPictures):
     """Training pictures under the augmentations of fine-tuning."""
 
-    def __init__(self, source: ImageSource, model: MaskedAutoencoder, config: FinetuneConfig) -> None:
-        super().__init__(source, image_size(model.config), model.config.channels, "none", config.seed)
+    def __init__(
+        self, source: ImageSource, model: MaskedAutoencoder, config: FinetuneConfig
+    ) -> None:
+        super().__init__(
+            source, image_size(model.config), model.config.channels, "none", config.seed
+        )
         self.choice = config.augmentation
 
     def transform(self, picture: Picture, epoch: int, index: int) -> Tensor:
@@ -191,8 +237,9 @@ class LabelledPictures(TrainingPictures):
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """How fine-tuning ended: ``curve`` has a record an epoch (epoch, loss and accuracy on the training pictures as
-    they were met, augmented), ``accuracy`` is that of the held-out pictures after the last step; both in [0, 1].
+    """How fine-tuning ended: ``curve`` has a record an epoch (epoch, loss and accuracy
+    on the training pictures as they were met, augmented), ``accuracy`` is that of the
+    held-out pictures after the last step; both in [0, 1].
     """
 
     classifier: Classifier
@@ -202,12 +249,17 @@ class FinetuneResult:
 
     def to_dict(self) -> dict[str, Any]:
         """All but the weights, ready for JSON."""
-        return {"accuracy": self.accuracy, "curve": list(self.curve), "config": asdict(self.config)}
+        return {
+            "accuracy": self.accuracy,
+            "curve": list(self.curve),
+            "config": asdict(self.config),
+        }
 
 
 @torch.no_grad()
 def accuracy(model: Classifier, source: ImageSource, workers: int = 0) -> float:
-    """Share of a labelled source's readable pictures that the classifier gets right, in evaluation mode.
+    """Share of a labelled source's readable pictures that the classifier gets right, in
+    evaluation mode.
 
     Raises ``ValueError`` if none can be read or there are no labels.
     """
@@ -218,10 +270,14 @@ def accuracy(model: Classifier, source: ImageSource, workers: int = 0) -> float:
     frame = model.autoencoder
     device = next(model.parameters()).device
     right = seen = 0
-    for batch in evaluation_batches(source, image_size(frame.config), frame.config.channels, workers=workers):
+    for batch in evaluation_batches(
+        source, image_size(frame.config), frame.config.channels, workers=workers
+    ):
         if len(batch.images):
             labels = torch.from_numpy(source.labels[batch.indices.numpy()])
-            predicted = model(frame.standardize(batch.images.to(device))).argmax(dim=1).cpu()
+            predicted = (
+                model(frame.standardize(batch.images.to(device))).argmax(dim=1).cpu()
+            )
             right, seen = right + int((predicted == labels).sum()), seen + len(labels)
     model.train(was_training)
     if not seen:
@@ -235,16 +291,20 @@ def finetune(
     config: FinetuneConfig,
     report: Callable[[str], None] = lambda line: None,
 ) -> FinetuneResult:
-    r"""Train an encoder and a classifier on it with labels; ``model`` is changed in place.
+    r"""Train an encoder and a classifier on it with labels; ``model`` is changed in
+    place.
 
-    Minimises :math:`-\sum_k t_k \log \mathrm{softmax}(\mathrm{logits})_k` over mini-batches with AdamW, where t is the
-    label smoothed by s: :math:`t = (1 - s)\,e_y + s / \mathrm{classes}`.
+    Minimises :math:`-\sum_k t_k \log \mathrm{softmax}(\mathrm{logits})_k` over
+    mini-batches with AdamW, where t is the label smoothed by s: :math:`t = (1 - s)\,e_y
+    + s / \mathrm{classes}`.
 
     Parameters
     ----------
-    model : pretrained or fresh, of either architecture, on the device to train on.  Its decoder is not touched, so
-        ``model.save_pretrained(dir)`` saves the trained encoder for every tool that opens a model.
-    data : labelled pictures; fits on ``data.train``, scores ``data.held_out`` once, at the end.
+    model : pretrained or fresh, of either architecture, on the device to train on.  Its
+        decoder is not touched, so ``model.save_pretrained(dir)`` saves the trained
+        encoder for every tool that opens a model.
+    data : labelled pictures; fits on ``data.train``, scores ``data.held_out`` once, at
+        the end.
     config : the run.
     report : gets a line for each epoch.
 
@@ -262,36 +322,53 @@ def finetune(
     device = next(model.parameters()).device
     classifier = Classifier(model, classes, config.pooling).to(device).train()
     groups = layer_groups(classifier, config.weight_decay, config.layer_decay)
-    optimizer = torch.optim.AdamW(groups, betas=config.betas, fused=device.type in ("cpu", "cuda"))
+    optimizer = torch.optim.AdamW(
+        groups, betas=config.betas, fused=device.type in ("cpu", "cuda")
+    )
     forward = torch.compile(classifier) if config.compile else classifier
     count = len(data.train)
     steps = math.ceil(config.epochs * count / config.batch_size)
     unreadable = UnreadableCount(count, 0.1, {})
     peak = config.lr * config.batch_size / 256
     order = StepBatches(count, config.batch_size, config.seed, 0, steps)
-    totals = torch.zeros(3, dtype=torch.float64)  # loss, right answers, pictures since the last record
+    # loss, right answers, pictures since the last record
+    totals = torch.zeros(3, dtype=torch.float64)
     curve: list[dict[str, float]] = []
-    for step, batch in enumerate(loader(LabelledPictures(data.train, model, config), order, config.workers)):
+    for step, batch in enumerate(
+        loader(LabelledPictures(data.train, model, config), order, config.workers)
+    ):
         unreadable.add(batch, report)
-        rate = warmup_cosine(step * config.batch_size / count, peak, config.warmup_epochs, config.epochs)
+        rate = warmup_cosine(
+            step * config.batch_size / count, peak, config.warmup_epochs, config.epochs
+        )
         for group in optimizer.param_groups:
             group["lr"] = rate * group["scale"]
         target = labels[batch.indices].to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        with torch.autocast(
+            device.type, torch.bfloat16, enabled=config.precision == "bf16"
+        ):
             logits = forward(model.standardize(batch.images.to(device)))
-        loss = F.cross_entropy(logits.float(), target, label_smoothing=config.label_smoothing)
+        loss = F.cross_entropy(
+            logits.float(), target, label_smoothing=config.label_smoothing
+        )
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         value, right = float(loss.detach()), int((logits.argmax(dim=1) == target).sum())
         if not math.isfinite(value):
-            raise TrainingDivergedError(f"the loss is {value} at step {step + 1} (learning rate {rate:.3g})")
+            raise TrainingDivergedError(
+                f"the loss is {value} at step {step + 1} (learning rate {rate:.3g})"
+            )
         totals += torch.tensor([value * len(target), right, len(target)])
         epoch = (step + 1) * config.batch_size / count
         if step + 1 == steps or int(epoch) > int(step * config.batch_size / count):
             mean_loss, share = (totals[:2] / totals[2]).tolist()
-            curve.append({"epoch": round(epoch, 3), "loss": mean_loss, "accuracy": share})
-            report(f"epoch {epoch:.1f}: loss {mean_loss:.3f}, training accuracy {share:.3f}")
+            curve.append(
+                {"epoch": round(epoch, 3), "loss": mean_loss, "accuracy": share}
+            )
+            report(
+                f"epoch {epoch:.1f}: loss {mean_loss:.3f}, training accuracy {share:.3f}"
+            )
             totals.zero_()
     result = accuracy(classifier, data.held_out, config.workers)
     report(f"held-out accuracy {result:.4f} on {len(data.held_out):,} pictures")

@@ -1,4 +1,5 @@
-r"""Classification by nearest neighbours: features judged without fitting anything to them.
+r"""Classification by nearest neighbours: features judged without fitting anything to
+them.
 
 Book: :ref:`ch-evaluation`.
 """
@@ -8,7 +9,9 @@ import torch
 import torch.nn.functional as F
 
 NEIGHBOURS = 20
-"""How many neighbours vote; fixed beforehand, as a choice on held-out pictures would not be one."""
+"""How many neighbours vote; fixed beforehand, as a choice on held-out pictures would
+not be one.
+"""
 
 TEMPERATURE = 0.07
 """Temperature of the votes, as in the protocol's source."""
@@ -27,7 +30,8 @@ def neighbour_votes(
 
     .. math:: v_c(x) = \sum_{i \in \mathcal N_k(x)} \mathbb 1[y_i = c]\, \exp\big(\cos(x, x_i) / \tau\big),
 
-    nearest by cosine; scaled so that the nearest has weight one, which changes no winner.
+    nearest by cosine; scaled so that the nearest has weight one, which changes no
+    winner.
 
     Parameters
     ----------
@@ -36,7 +40,8 @@ def neighbour_votes(
     test : (m, d) features.
     classes : how many there are.
     neighbours : k, at least 1; all rows vote if there are fewer.
-    temperature : tau, positive.  Towards 0 the nearest decides alone, for large ones all k count alike.
+    temperature : tau, positive.  Towards 0 the nearest decides alone, for large ones
+        all k count alike.
     chunk : test rows at a time; memory is chunk x n similarities.
 
     Raises
@@ -44,19 +49,31 @@ def neighbour_votes(
     ValueError
         If k or tau is out of range, there is no training row, or labels and features do not fit.
 
-    Book: :ref:`ch-evaluation`.  The weighted vote of Wu et al. (2018), as in DINO's evaluation (Caron et al., 2021).
+    Book: :ref:`ch-evaluation`.  The weighted vote of Wu et al. (2018), as in DINO's
+    evaluation (Caron et al., 2021).
     """
     if neighbours < 1 or not temperature > 0:
-        raise ValueError(f"neighbours={neighbours}, temperature={temperature}: accepted are 1 or more, and above 0")
-    if len(train) == 0 or len(labels) != len(train) or labels.min() < 0 or labels.max() >= classes:
+        raise ValueError(
+            f"neighbours={neighbours}, temperature={temperature}: accepted are 1 or more, and above 0"
+        )
+    if (
+        len(train) == 0
+        or len(labels) != len(train)
+        or labels.min() < 0
+        or labels.max() >= classes
+    ):
         raise ValueError(
             f"{len(labels)} labels for {len(train)} rows: one is needed for each, in 0 to {classes - 1}, and one row"
         )
-    known, asked = (F.normalize(torch.from_numpy(rows).float(), dim=1) for rows in (train, test))
+    known, asked = (
+        F.normalize(torch.from_numpy(rows).float(), dim=1) for rows in (train, test)
+    )
     targets = torch.from_numpy(labels)
     votes = torch.zeros(len(asked), classes)
     for rows in torch.arange(len(asked)).split(chunk):
-        similarity, nearest = (asked[rows] @ known.T).topk(min(neighbours, len(known)), dim=1)
+        similarity, nearest = (asked[rows] @ known.T).topk(
+            min(neighbours, len(known)), dim=1
+        )
         weights = torch.exp((similarity - similarity[:, :1]) / temperature)
         votes[rows] = votes[rows].scatter_add(1, targets[nearest], weights)
     return votes.numpy()
@@ -70,17 +87,26 @@ def neighbour_accuracy(
     neighbours: int = NEIGHBOURS,
     temperature: float = TEMPERATURE,
 ) -> float:
-    """Share of test rows whose most voted class (:func:`neighbour_votes`) is theirs, in [0, 1].
+    """Share of test rows whose most voted class (:func:`neighbour_votes`) is theirs, in
+    [0, 1].
 
     Book: :ref:`ch-evaluation`.
     """
-    votes = neighbour_votes(train, train_labels, test, int(train_labels.max()) + 1, neighbours, temperature)
+    votes = neighbour_votes(
+        train, train_labels, test, int(train_labels.max()) + 1, neighbours, temperature
+    )
     return float((votes.argmax(axis=1) == test_labels).mean())
 
 
 def neighbour_judge(
-    train: np.ndarray, labels: np.ndarray, test: np.ndarray, test_labels: np.ndarray, seed: int
+    train: np.ndarray,
+    labels: np.ndarray,
+    test: np.ndarray,
+    test_labels: np.ndarray,
+    seed: int,
 ) -> float:
-    """:func:`neighbour_accuracy` as a column of :func:`crate_core.evaluation.probe.judge_features`: there is nothing to draw."""
+    """:func:`neighbour_accuracy` as a column of
+    :func:`crate_core.evaluation.probe.judge_features`: there is nothing to draw.
+    """
     del seed
     return neighbour_accuracy(train, labels, test, test_labels)

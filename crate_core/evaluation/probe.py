@@ -1,8 +1,9 @@
 r"""Linear probes on frozen features, beside their controls.
 
-A linear probe asks how much of the class a *linear* map reads off frozen features.  By itself the figure says little:
-it stands beside the same encoder untrained (what the architecture gives away for nothing) and raw pixels (what no
-encoder is needed for), each fitted in the same way.
+A linear probe asks how much of the class a *linear* map reads off frozen features.  By
+itself the figure says little: it stands beside the same encoder untrained (what the
+architecture gives away for nothing) and raw pixels (what no encoder is needed for),
+each fitted in the same way.
 
 Book: :ref:`ch-first-training`.
 """
@@ -37,13 +38,17 @@ CHOOSING = 10_000
 """Labels that C is chosen on, where there are more: a fifth of them validates."""
 
 PIXEL_SIDE = 32
-"""Larger pictures are averaged down to this side for the pixel control, which would not fit in memory otherwise."""
+"""Larger pictures are averaged down to this side for the pixel control, which would not
+fit in memory otherwise.
+"""
 
 
 @dataclass(frozen=True)
 class Features:
-    """What probes are fitted on, one row a picture: ``class_token`` (n, d), ``patch_mean`` (n, d), ``pixels``
-    (n, m) and ``labels`` (n,); ``unreadable`` pictures were left out."""
+    """What probes are fitted on, one row a picture: ``class_token`` (n, d),
+    ``patch_mean`` (n, d), ``pixels`` (n, m) and ``labels`` (n,); ``unreadable``
+    pictures were left out.
+    """
 
     class_token: np.ndarray
     patch_mean: np.ndarray
@@ -54,8 +59,8 @@ class Features:
 
 @dataclass(frozen=True)
 class Score:
-    """Accuracies of one probe over seeds, each in [0, 1]; ``std`` is the sample standard deviation (0 for one
-    seed).
+    """Accuracies of one probe over seeds, each in [0, 1]; ``std`` is the sample
+    standard deviation (0 for one seed).
     """
 
     accuracies: tuple[float, ...]
@@ -66,18 +71,25 @@ class Score:
 
     @property
     def std(self) -> float:
-        return float(np.std(self.accuracies, ddof=1)) if len(self.accuracies) > 1 else 0.0
+        return (
+            float(np.std(self.accuracies, ddof=1)) if len(self.accuracies) > 1 else 0.0
+        )
 
     def to_dict(self) -> dict[str, Any]:
         return {"mean": self.mean, "std": self.std, "accuracies": list(self.accuracies)}
 
 
 @torch.no_grad()
-def encode(model: MaskedAutoencoder, source: ImageSource, batch_size: int = 256, workers: int = 0) -> Features:
+def encode(
+    model: MaskedAutoencoder,
+    source: ImageSource,
+    batch_size: int = 256,
+    workers: int = 0,
+) -> Features:
     r"""Features of all pictures of a source, computed once, nothing masked.
 
-    With encoder output :math:`(z_0, z_1, \dots, z_L)`: the class token :math:`z_0`, the mean of patch tokens
-    :math:`\tfrac1L \sum_{i \ge 1} z_i`, and the pixels.
+    With encoder output :math:`(z_0, z_1, \dots, z_L)`: the class token :math:`z_0`, the
+    mean of patch tokens :math:`\tfrac1L \sum_{i \ge 1} z_i`, and the pixels.
 
     Parameters
     ----------
@@ -98,7 +110,9 @@ def encode(model: MaskedAutoencoder, source: ImageSource, batch_size: int = 256,
     size = image_size(model.config)
     tokens, means, pixels, indices = [], [], [], []
     unreadable = 0
-    for batch in evaluation_batches(source, size, model.config.channels, batch_size, workers):
+    for batch in evaluation_batches(
+        source, size, model.config.channels, batch_size, workers
+    ):
         unreadable += len(batch.unreadable)
         if len(batch.images) == 0:
             continue
@@ -112,11 +126,19 @@ def encode(model: MaskedAutoencoder, source: ImageSource, batch_size: int = 256,
         raise ValueError(f"none of {len(source)} pictures can be read")
     kept = torch.cat(indices).numpy()
     labels = np.full(len(kept), -1) if source.labels is None else source.labels[kept]
-    return Features(torch.cat(tokens).numpy(), torch.cat(means).numpy(), torch.cat(pixels).numpy(), labels, unreadable)
+    return Features(
+        torch.cat(tokens).numpy(),
+        torch.cat(means).numpy(),
+        torch.cat(pixels).numpy(),
+        labels,
+        unreadable,
+    )
 
 
 def small_pixels(images: Images) -> torch.Tensor:
-    """Flattened pixels (B, m) of pictures averaged down to at most ``PIXEL_SIDE`` a side."""
+    """Flattened pixels (B, m) of pictures averaged down to at most ``PIXEL_SIDE`` a
+    side.
+    """
     size = [min(side, PIXEL_SIDE) for side in images.shape[-2:]]
     return F.interpolate(images, size=size, mode="area").flatten(1)
 
@@ -140,19 +162,24 @@ def few_labels(labels: np.ndarray, per_class: int, seed: int) -> np.ndarray:
 
 def probe(inverse_regularization: float) -> Pipeline:
     """Columns scaled to mean 0 and variance 1, then multinomial logistic regression."""
-    return make_pipeline(StandardScaler(), LogisticRegression(C=inverse_regularization, max_iter=500))
+    return make_pipeline(
+        StandardScaler(), LogisticRegression(C=inverse_regularization, max_iter=500)
+    )
 
 
-def fit_probe(features: np.ndarray, labels: np.ndarray, seed: int) -> tuple[Pipeline, float]:
-    r"""Fit a linear probe, its regularisation chosen on a validation split of the very pictures it may fit
-    on.
+def fit_probe(
+    features: np.ndarray, labels: np.ndarray, seed: int
+) -> tuple[Pipeline, float]:
+    r"""Fit a linear probe, its regularisation chosen on a validation split of the very
+    pictures it may fit on.
 
     .. math:: \min_{W, b}\ \tfrac12 \|W\|_F^2 + C \sum_i -\log \mathrm{softmax}(W x_i + b)_{y_i},
 
-    C from ``INVERSE_REGULARIZATION`` by mean accuracy over stratified splits (a fifth held back; two fifths, ten times,
-    where there are at most 500 labels; of ``CHOOSING`` labels where there are more), the smallest on a tie; with more
-    than 500 labels, weaker ones are not tried after the first fall.  Then refitted on all.  Held-out pictures have no
-    part in it: they are no argument.
+    C from ``INVERSE_REGULARIZATION`` by mean accuracy over stratified splits (a fifth
+    held back; two fifths, ten times, where there are at most 500 labels; of
+    ``CHOOSING`` labels where there are more), the smallest on a tie; with more than 500
+    labels, weaker ones are not tried after the first fall.  Then refitted on all.
+    Held-out pictures have no part in it: they are no argument.
 
     Parameters
     ----------
@@ -170,7 +197,10 @@ def fit_probe(features: np.ndarray, labels: np.ndarray, seed: int) -> tuple[Pipe
     validating = 0.4 if scarce else 0.2
     shares: dict[str, Any] = {"test_size": validating}
     if len(labels) > CHOOSING:
-        shares = {"test_size": int(validating * CHOOSING), "train_size": CHOOSING - int(validating * CHOOSING)}
+        shares = {
+            "test_size": int(validating * CHOOSING),
+            "train_size": CHOOSING - int(validating * CHOOSING),
+        }
     splits = StratifiedShuffleSplit(10 if scarce else 1, random_state=seed, **shares)
     folds = list(splits.split(features, labels))
     with warnings.catch_warnings():
@@ -178,7 +208,12 @@ def fit_probe(features: np.ndarray, labels: np.ndarray, seed: int) -> tuple[Pipe
         warnings.simplefilter("ignore", ConvergenceWarning)
         best, highest = INVERSE_REGULARIZATION[0], -1.0
         for c in INVERSE_REGULARIZATION:
-            accuracy = np.mean([probe(c).fit(features[a], labels[a]).score(features[b], labels[b]) for a, b in folds])
+            accuracy = np.mean(
+                [
+                    probe(c).fit(features[a], labels[a]).score(features[b], labels[b])
+                    for a, b in folds
+                ]
+            )
             if accuracy > highest:
                 best, highest = c, accuracy
             elif accuracy < highest and not scarce:
@@ -190,8 +225,8 @@ def probe_accuracy(
     train: np.ndarray, train_labels: np.ndarray, test: np.ndarray, test_labels: np.ndarray, seed: int,
     labels_per_class: int | None = None,
 ) -> float:  # fmt: skip
-    """Held-out accuracy in [0, 1] of :func:`fit_probe` on all labels, or on a few of each class drawn with
-    ``seed``.
+    """Held-out accuracy in [0, 1] of :func:`fit_probe` on all labels, or on a few of
+    each class drawn with ``seed``.
     """
     if labels_per_class is not None:
         chosen = few_labels(train_labels, labels_per_class, seed)
@@ -201,18 +236,26 @@ def probe_accuracy(
 
 
 def untrained(config: FrameConfig, seed: int) -> MaskedAutoencoder:
-    """The same architecture with fresh weights; the global random state is left as it was."""
+    """The same architecture with fresh weights; the global random state is left as it
+    was.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(random_key(seed, 1))
         return build_model(config)
 
 
 Judge = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray, int], float]
-"""Accuracy from (training features, their labels, held-out features, their labels, seed)."""
+"""Accuracy from (training features, their labels, held-out features, their labels,
+seed).
+"""
 
 
 def judge_features(
-    model: MaskedAutoencoder, data: ImageData, seeds: Sequence[int], judges: Mapping[str, Judge], workers: int = 0
+    model: MaskedAutoencoder,
+    data: ImageData,
+    seeds: Sequence[int],
+    judges: Mapping[str, Judge],
+    workers: int = 0,
 ) -> dict[str, dict[str, Score]]:
     """What ``judges`` say of a model's features and of its controls', over seeds.
 
@@ -238,11 +281,17 @@ def judge_features(
     Book: :ref:`ch-evaluation`.
     """
     device = next(model.parameters()).device
-    trained = encode(model, data.train, workers=workers), encode(model, data.held_out, workers=workers)
+    trained = (
+        encode(model, data.train, workers=workers),
+        encode(model, data.held_out, workers=workers),
+    )
     accuracies: dict[str, dict[str, list[float]]] = {}
     for seed in seeds:
         fresh = untrained(model.config, seed).to(device)
-        control = encode(fresh, data.train, workers=workers), encode(fresh, data.held_out, workers=workers)
+        control = (
+            encode(fresh, data.train, workers=workers),
+            encode(fresh, data.held_out, workers=workers),
+        )
         rows = {
             "trained, class token": [part.class_token for part in trained],
             "trained, mean of patches": [part.patch_mean for part in trained],
@@ -254,14 +303,21 @@ def judge_features(
             for column, judge in judges.items():
                 verdict = judge(train, trained[0].labels, test, trained[1].labels, seed)
                 accuracies.setdefault(row, {}).setdefault(column, []).append(verdict)
-    return {row: {column: Score(tuple(a)) for column, a in by.items()} for row, by in accuracies.items()}
+    return {
+        row: {column: Score(tuple(a)) for column, a in by.items()}
+        for row, by in accuracies.items()
+    }
 
 
 def probe_judges(labels_per_class: int) -> dict[str, Judge]:
-    """Linear probes on all labels and on a few a class, as columns of :func:`judge_features`."""
+    """Linear probes on all labels and on a few a class, as columns of
+    :func:`judge_features`.
+    """
     return {
         "all labels": probe_accuracy,
-        f"{labels_per_class} labels a class": partial(probe_accuracy, labels_per_class=labels_per_class),
+        f"{labels_per_class} labels a class": partial(
+            probe_accuracy, labels_per_class=labels_per_class
+        ),
     }
 
 
@@ -272,11 +328,11 @@ def linear_probes(
     labels_per_class: int = 5,
     workers: int = 0,
 ) -> dict[str, dict[str, Score]]:
-    """Linear probes of a model and of its controls, with all labels and with few a class: :func:`judge_features`
-    with :func:`probe_judges`.
+    """Linear probes of a model and of its controls, with all labels and with few a
+    class: :func:`judge_features` with :func:`probe_judges`.
 
-    A seed draws the few labels, the validation splits, and the untrained encoder's weights; the held-out
-    pictures stay the same.
+    A seed draws the few labels, the validation splits, and the untrained encoder's
+    weights; the held-out pictures stay the same.
 
     Raises
     ------
@@ -292,18 +348,22 @@ def linear_probes(
 def class_count(data: ImageData) -> int:
     """How many classes the labels of both parts speak of.
 
-    Raises ``ValueError`` unless every picture of both parts has a label, held-out ones of classes that there are to
-    train on, and there are at least two classes.
+    Raises ``ValueError`` unless every picture of both parts has a label, held-out ones
+    of classes that there are to train on, and there are at least two classes.
     """
     parts = {"training": data.train.labels, "held-out": data.held_out.labels}
     for part, labels in parts.items():
         if labels is None:
-            raise ValueError(f"labels are needed (class folders, or a label column); these {part} pictures have none")
+            raise ValueError(
+                f"labels are needed (class folders, or a label column); these {part} pictures have none"
+            )
         if len(labels) and labels.min() < 0:
             raise ValueError(
                 f"label {labels.min()} of a {part} picture: classes are counted from 0, none may be missing"
             )
-    train, held_out = (np.unique(labels) for labels in parts.values() if labels is not None)
+    train, held_out = (
+        np.unique(labels) for labels in parts.values() if labels is not None
+    )
     if len(train) < 2:
         raise ValueError("at least two classes are needed, these pictures have one")
     strange = np.setdiff1d(held_out, train)
@@ -314,16 +374,24 @@ def class_count(data: ImageData) -> int:
         )
     named = len(data.classes)
     if named and train[-1] >= named:
-        raise ValueError(f"label {train[-1]} is out of range: the data names {named} classes, counted from 0")
+        raise ValueError(
+            f"label {train[-1]} is out of range: the data names {named} classes, counted from 0"
+        )
     return max(named, int(train[-1]) + 1)
 
 
 def check_labels(data: ImageData, labels_per_class: int) -> None:
-    """``ValueError`` unless both parts have labels of at least two classes, and enough of each to probe."""
+    """``ValueError`` unless both parts have labels of at least two classes, and enough
+    of each to probe.
+    """
     class_count(data)
     if labels_per_class < 2:
-        raise ValueError(f"labels_per_class={labels_per_class}: at least 2 are needed, one to fit and one to validate")
+        raise ValueError(
+            f"labels_per_class={labels_per_class}: at least 2 are needed, one to fit and one to validate"
+        )
     classes, counts = np.unique(np.asarray(data.train.labels), return_counts=True)
     if counts.min() < labels_per_class:
         rare = int(classes[counts.argmin()])
-        raise ValueError(f"class {rare} has {counts.min()} training pictures, labels_per_class={labels_per_class}")
+        raise ValueError(
+            f"class {rare} has {counts.min()} training pictures, labels_per_class={labels_per_class}"
+        )

@@ -1,6 +1,8 @@
-r"""Pictures whose object is known exactly: a digit or a disc pasted on a photograph, and digits alone.
+r"""Pictures whose object is known exactly: a digit or a disc pasted on a photograph,
+and digits alone.
 
-Made from what scikit-learn ships (two photographs, handwritten digits), the same for the same seed.
+Made from what scikit-learn ships (two photographs, handwritten digits), the same for
+the same seed.
 
 Book: :ref:`ch-heads`.
 """
@@ -24,8 +26,10 @@ BRIGHT = 0.4
 
 @dataclass(frozen=True)
 class Composites:
-    """``images`` (B, 3, S, S) in [0, 1]; ``mask`` (B, S, S), true on the object; ``is_disc`` (B,), false for digits;
-    ``background`` (B, 3, S, S), the picture without its object."""
+    """``images`` (B, 3, S, S) in [0, 1]; ``mask`` (B, S, S), true on the object;
+    ``is_disc`` (B,), false for digits; ``background`` (B, 3, S, S), the picture without
+    its object.
+    """
 
     images: Images
     mask: ObjectMask
@@ -34,28 +38,37 @@ class Composites:
 
 
 def photographs() -> list[Tensor]:
-    """The two photographs that scikit-learn ships, each (3, 427, 640) in [0, 1].  Book: :ref:`ch-heads`."""
+    """The two photographs that scikit-learn ships, each (3, 427, 640) in [0, 1].  Book:
+    :ref:`ch-heads`.
+    """
     from sklearn.datasets import load_sample_image
 
     return [
-        torch.from_numpy(load_sample_image(name).copy()).permute(2, 0, 1) / 255 for name in ("china.jpg", "flower.jpg")
+        torch.from_numpy(load_sample_image(name).copy()).permute(2, 0, 1) / 255
+        for name in ("china.jpg", "flower.jpg")
     ]
 
 
 def composites(
-    count: int, seed: int = 0, size: int = 32, place: Literal["anywhere", "centre"] = "anywhere"
+    count: int,
+    seed: int = 0,
+    size: int = 32,
+    place: Literal["anywhere", "centre"] = "anywhere",
 ) -> Composites:
-    """Crops of the photographs with an object pasted on, half of them digits, half discs.
+    """Crops of the photographs with an object pasted on, half of them digits, half
+    discs.
 
-    A digit has one random colour; a disc is filled with a crop of the *other* photograph, so that neither colour nor
-    brightness gives every object away.  An object's box has 0.3 to 0.5 of the picture's side and lies wholly in it.
+    A digit has one random colour; a disc is filled with a crop of the *other*
+    photograph, so that neither colour nor brightness gives every object away.  An
+    object's box has 0.3 to 0.5 of the picture's side and lies wholly in it.
 
     Parameters
     ----------
     count : number of pictures, at least 1.
     seed : of everything that is random.
     size : side of the pictures in pixels, at least 16.
-    place : "anywhere", or "centre" for objects in the middle, where a blob needs no eyes.
+    place : "anywhere", or "centre" for objects in the middle, where a blob needs no
+        eyes.
 
     Raises
     ------
@@ -80,10 +93,20 @@ def composites(
             shape = disc(side)
             paint = random_crop(photos[1 - which], side, generator)
         else:
-            shape = scaled_up(digits[int(generator.integers(len(digits)))], side) > BRIGHT
-            paint = torch.from_numpy(generator.random(3)).float()[:, None, None].expand(3, side, side)
+            shape = (
+                scaled_up(digits[int(generator.integers(len(digits)))], side) > BRIGHT
+            )
+            paint = (
+                torch.from_numpy(generator.random(3))
+                .float()[:, None, None]
+                .expand(3, side, side)
+            )
         free = size - side
-        top, left = generator.integers(free + 1, size=2) if place == "anywhere" else (free // 2, free // 2)
+        top, left = (
+            generator.integers(free + 1, size=2)
+            if place == "anywhere"
+            else (free // 2, free // 2)
+        )
         window = (slice(int(top), int(top) + side), slice(int(left), int(left) + side))
         mask = torch.zeros(size, size, dtype=torch.bool)
         mask[window] = shape
@@ -93,27 +116,43 @@ def composites(
         masks.append(mask)
         discs.append(is_disc)
         backgrounds.append(background)
-    return Composites(torch.stack(images), torch.stack(masks), torch.tensor(discs), torch.stack(backgrounds))
+    return Composites(
+        torch.stack(images),
+        torch.stack(masks),
+        torch.tensor(discs),
+        torch.stack(backgrounds),
+    )
 
 
 def digit_pictures(count: int, seed: int = 0, size: int = 32) -> Composites:
-    """Handwritten digits alone, white on black as in scikit-learn, scaled up smoothly; the mask is where they are
-    bright.  Raises ``ValueError`` for a count or size that :func:`composites` does not take.
+    """Handwritten digits alone, white on black as in scikit-learn, scaled up smoothly;
+    the mask is where they are bright.  Raises ``ValueError`` for a count or size that
+    :func:`composites` does not take.
 
     Book: :ref:`ch-heads`.
     """
     check_count(count, size)
     digits = load_digit_images()
-    chosen = np.random.default_rng(seed).choice(len(digits), count, replace=count > len(digits))
+    chosen = np.random.default_rng(seed).choice(
+        len(digits), count, replace=count > len(digits)
+    )
     grey = torch.stack([scaled_up(digits[i], size) for i in chosen])
     images = grey.clamp(0, 1)[:, None].expand(-1, 3, -1, -1).clone()
-    return Composites(images, grey > BRIGHT, torch.zeros(count, dtype=torch.bool), torch.zeros_like(images))
+    return Composites(
+        images,
+        grey > BRIGHT,
+        torch.zeros(count, dtype=torch.bool),
+        torch.zeros_like(images),
+    )
 
 
 def check_count(count: int, size: int) -> None:
-    """``ValueError`` unless there is a picture to make, large enough to hold an object."""
+    """``ValueError`` unless there is a picture to make, large enough to hold an object.
+    """
     if count < 1 or size < 16:
-        raise ValueError(f"composites need count >= 1 and size >= 16, got {count} and {size}")
+        raise ValueError(
+            f"composites need count >= 1 and size >= 16, got {count} and {size}"
+        )
 
 
 def load_digit_images() -> Tensor:
@@ -124,14 +163,19 @@ def load_digit_images() -> Tensor:
 
 
 def random_crop(photo: Tensor, size: int, generator: np.random.Generator) -> Tensor:
-    """A square crop (3, size, size) of a photograph, of a random part of 2 to 6 times the size where it fits, scaled
-    down by averaging.
+    """A square crop (3, size, size) of a photograph, of a random part of 2 to 6 times
+    the size where it fits, scaled down by averaging.
     """
     height, width = photo.shape[-2:]
     side = min(round(size * generator.uniform(2, 6)), height, width)
-    top, left = int(generator.integers(height - side + 1)), int(generator.integers(width - side + 1))
+    top, left = (
+        int(generator.integers(height - side + 1)),
+        int(generator.integers(width - side + 1)),
+    )
     part = photo[None, :, top : top + side, left : left + side]
-    return F.interpolate(part, size=(size, size), mode="bilinear", antialias=True, align_corners=False)[0].clamp(0, 1)
+    return F.interpolate(
+        part, size=(size, size), mode="bilinear", antialias=True, align_corners=False
+    )[0].clamp(0, 1)
 
 
 def disc(side: int) -> Tensor:
@@ -142,4 +186,6 @@ def disc(side: int) -> Tensor:
 
 def scaled_up(digit: Tensor, side: int) -> Tensor:
     """A digit (8, 8) scaled up smoothly to (side, side)."""
-    return F.interpolate(digit[None, None], size=(side, side), mode="bicubic", align_corners=False)[0, 0]
+    return F.interpolate(
+        digit[None, None], size=(side, side), mode="bicubic", align_corners=False
+    )[0, 0]

@@ -1,4 +1,5 @@
-"""The figures of the report that ``crate inspect`` writes, as PNG inside ``data:`` addresses.
+"""The figures of the report that ``crate inspect`` writes, as PNG inside ``data:``
+addresses.
 
 Book: :ref:`ch-layer-by-layer`.
 """
@@ -28,13 +29,19 @@ def png(figure: Figure) -> str:
     raw, packed = io.BytesIO(), io.BytesIO()
     figure.savefig(raw, format="png", dpi=110)
     raw.seek(0)
-    Image.open(raw).convert("RGB").quantize(colors=128, dither=Image.Dither.NONE).save(packed, "PNG", optimize=True)
+    Image.open(raw).convert("RGB").quantize(colors=128, dither=Image.Dither.NONE).save(
+        packed, "PNG", optimize=True
+    )
     return "data:image/png;base64," + base64.b64encode(packed.getvalue()).decode()
 
 
 def panels(count: int, height: float = 2.7) -> tuple[Figure, list[Axes]]:
     """A white figure with ``count`` axes in a row."""
-    figure = Figure(figsize=(max(3.4, 2.75 * count), height), layout="constrained", facecolor="white")
+    figure = Figure(
+        figsize=(max(3.4, 2.75 * count), height),
+        layout="constrained",
+        facecolor="white",
+    )
     axes = list(np.atleast_1d(figure.subplots(1, count)))
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
@@ -44,13 +51,31 @@ def panels(count: int, height: float = 2.7) -> tuple[Figure, list[Axes]]:
     return figure, axes
 
 
-def curves(ax: Axes, model: LayerInspection, controls: Sequence[LayerInspection], measure: Layers, first: int) -> None:
-    """Mean over pictures with its spread (bars), and the range of the controls' means (band); layers from ``first``."""
+def curves(
+    ax: Axes,
+    model: LayerInspection,
+    controls: Sequence[LayerInspection],
+    measure: Layers,
+    first: int,
+) -> None:
+    """Mean over pictures with its spread (bars), and the range of the controls' means
+    (band); layers from ``first``.
+    """
     values = measure(model)
     x = np.arange(first, first + values.shape[1])
     means = np.stack([measure(control).mean(axis=0) for control in controls])
-    ax.fill_between(x, means.min(axis=0), means.max(axis=0), color=CONTROL, alpha=0.3, linewidth=0)
-    ax.plot(x, means.mean(axis=0), color=CONTROL, marker="^", markersize=4, linestyle="--", label="untrained")
+    ax.fill_between(
+        x, means.min(axis=0), means.max(axis=0), color=CONTROL, alpha=0.3, linewidth=0
+    )
+    ax.plot(
+        x,
+        means.mean(axis=0),
+        color=CONTROL,
+        marker="^",
+        markersize=4,
+        linestyle="--",
+        label="untrained",
+    )
     ax.errorbar(
         x,
         values.mean(axis=0),
@@ -65,11 +90,16 @@ def curves(ax: Axes, model: LayerInspection, controls: Sequence[LayerInspection]
 
 
 def rates(model: LayerInspection, controls: Sequence[LayerInspection]) -> str:
-    """R and R^c at each layer's attention, what a half-step does to R^c, and the published measure."""
+    """R and R^c at each layer's attention, what a half-step does to R^c, and the
+    published measure.
+    """
     measures: list[tuple[str, Layers]] = [
         ("R at the attention's input, nats", lambda r: r.attended.total),
         ("R^c there, orthonormalised, nats", lambda r: r.attended.orthonormal),
-        ("change of R^c by the half-step, nats", lambda r: r.compressed.orthonormal - r.tokens.orthonormal),
+        (
+            "change of R^c by the half-step, nats",
+            lambda r: r.compressed.orthonormal - r.tokens.orthonormal,
+        ),
         ("R^c as published (directions), nats", lambda r: r.directions),
     ]
     figure, axes = panels(len(measures))
@@ -88,7 +118,9 @@ def between_layers(
     measures: Sequence[tuple[str, str]],
     gaussian: Sequence[float | None],
 ) -> str:
-    """Measures of the tokens between layers, named by field, with what Gaussian entries would give."""
+    """Measures of the tokens between layers, named by field, with what Gaussian entries
+    would give.
+    """
     figure, axes = panels(len(measures))
     for ax, (title, name), level in zip(axes, measures, gaussian, strict=True):
         curves(ax, model, controls, lambda r, name=name: getattr(r, name), first=0)  # type: ignore[misc]
@@ -102,11 +134,28 @@ def between_layers(
 
 
 def readout(model: np.ndarray, controls: np.ndarray) -> str:
-    """Shares (L + 1,) of removed patches that a linear map reads, and those (seeds, L + 1) of the controls."""
+    """Shares (L + 1,) of removed patches that a linear map reads, and those (seeds, L +
+    1) of the controls.
+    """
     figure, (ax,) = panels(1)
     x = np.arange(len(model))
-    ax.fill_between(x, controls.min(axis=0), controls.max(axis=0), color=CONTROL, alpha=0.3, linewidth=0)
-    ax.plot(x, controls.mean(axis=0), color=CONTROL, marker="^", markersize=4, linestyle="--", label="untrained")
+    ax.fill_between(
+        x,
+        controls.min(axis=0),
+        controls.max(axis=0),
+        color=CONTROL,
+        alpha=0.3,
+        linewidth=0,
+    )
+    ax.plot(
+        x,
+        controls.mean(axis=0),
+        color=CONTROL,
+        marker="^",
+        markersize=4,
+        linestyle="--",
+        label="untrained",
+    )
     ax.plot(x, model, color=MODEL, marker="o", markersize=4, label="this model")
     ax.axhline(0, color=MARK, linewidth=1, linestyle=":")
     ax.set_title("share of removed patches read", fontsize=8.5)
@@ -117,8 +166,14 @@ def readout(model: np.ndarray, controls: np.ndarray) -> str:
     return png(figure)
 
 
-def steps(model: LayerInspection, controls: Sequence[LayerInspection], names: Sequence[tuple[str, str]]) -> str:
-    """Cosines of each layer's attention step with directions, one panel a direction, on one scale."""
+def steps(
+    model: LayerInspection,
+    controls: Sequence[LayerInspection],
+    names: Sequence[tuple[str, str]],
+) -> str:
+    """Cosines of each layer's attention step with directions, one panel a direction, on
+    one scale.
+    """
     figure, axes = panels(len(names))
     for ax, (title, name) in zip(axes, names, strict=True):
         curves(ax, model, controls, lambda r, name=name: getattr(r, name), first=1)  # type: ignore[misc]
@@ -146,14 +201,35 @@ def weights(model: WeightInspection, controls: Sequence[WeightInspection]) -> st
         values = getattr(model, name)
         x = np.arange(1, len(values) + 1)
         others = np.stack([getattr(control, name) for control in controls])
-        ax.fill_between(x, others.min(axis=0), others.max(axis=0), color=CONTROL, alpha=0.3, linewidth=0)
-        ax.plot(x, others.mean(axis=0), color=CONTROL, marker="^", markersize=4, linestyle="--", label="untrained")
+        ax.fill_between(
+            x,
+            others.min(axis=0),
+            others.max(axis=0),
+            color=CONTROL,
+            alpha=0.3,
+            linewidth=0,
+        )
+        ax.plot(
+            x,
+            others.mean(axis=0),
+            color=CONTROL,
+            marker="^",
+            markersize=4,
+            linestyle="--",
+            label="untrained",
+        )
         ax.plot(x, values, color=MODEL, marker="o", markersize=4, label="this model")
         if ideal is not None:
             ax.axhline(ideal, color=MARK, linewidth=1.2, linestyle=":", label="theory")
         elif model.eta is not None:
             for multiple, style in ((1, ":"), (2, "--")):
-                ax.axhline(multiple / model.eta, color=MARK, linewidth=1.2, linestyle=style, label=f"{multiple}/eta")
+                ax.axhline(
+                    multiple / model.eta,
+                    color=MARK,
+                    linewidth=1.2,
+                    linestyle=style,
+                    label=f"{multiple}/eta",
+                )
             ax.legend(frameon=False, fontsize=7)
         ax.set_title(title, fontsize=8.5)
         ax.set_xlabel("layer", fontsize=8)
@@ -163,11 +239,16 @@ def weights(model: WeightInspection, controls: Sequence[WeightInspection]) -> st
 
 
 def inversion(model: LayerInspection, control: LayerInspection) -> str:
-    """How well decoder layers bring encoder outputs back, and how alike the paths are: all pairs."""
+    """How well decoder layers bring encoder outputs back, and how alike the paths are:
+    all pairs.
+    """
     figure, axes = panels(4, height=3.0)
     shown = [
         (r, name, f"{title}, {which}")
-        for name, title in (("inverse_centred", "inversion"), ("path_similarity", "paths"))
+        for name, title in (
+            ("inverse_centred", "inversion"),
+            ("path_similarity", "paths"),
+        )
         for r, which in ((model, "model"), (control, "untrained"))
     ]
     for ax, (inspection, name, title) in zip(axes, shown, strict=True):
@@ -179,19 +260,40 @@ def inversion(model: LayerInspection, control: LayerInspection) -> str:
             ink = "white" if abs(value) > 0.6 else "black"
             weight = "bold" if row + column == len(matrix) - 1 else "normal"
             if len(matrix) <= 8:
-                ax.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color=ink, weight=weight)
+                ax.text(
+                    column,
+                    row,
+                    f"{value:.2f}",
+                    ha="center",
+                    va="center",
+                    fontsize=7,
+                    color=ink,
+                    weight=weight,
+                )
         ax.set_title(title, fontsize=8.5)
         ax.set_xlabel("decoder layer", fontsize=8)
-        ax.set_xticks(range(matrix.shape[1]), [str(k + 1) for k in range(matrix.shape[1])])
-        ax.set_yticks(range(matrix.shape[0]), [str(k + 1) for k in range(matrix.shape[0])])
+        ax.set_xticks(
+            range(matrix.shape[1]), [str(k + 1) for k in range(matrix.shape[1])]
+        )
+        ax.set_yticks(
+            range(matrix.shape[0]), [str(k + 1) for k in range(matrix.shape[0])]
+        )
     axes[0].set_ylabel("encoder layer", fontsize=8)
     return png(figure)
 
 
-def picture_rows(rows: Sequence[tuple[str, Tensor]], side: float = 0.95, maps: bool = False) -> str:
-    """Pictures (B, C, H, W) in [0, 1] in labelled rows; ``maps``: the single channels from 0 to each one's largest."""
+def picture_rows(
+    rows: Sequence[tuple[str, Tensor]], side: float = 0.95, maps: bool = False
+) -> str:
+    """Pictures (B, C, H, W) in [0, 1] in labelled rows; ``maps``: the single channels
+    from 0 to each one's largest.
+    """
     columns = max(len(pictures) for _, pictures in rows)
-    figure = Figure(figsize=(side * columns + 1.6, side * len(rows) + 0.1), layout="constrained", facecolor="white")
+    figure = Figure(
+        figsize=(side * columns + 1.6, side * len(rows) + 0.1),
+        layout="constrained",
+        facecolor="white",
+    )
     axes = figure.subplots(len(rows), columns, squeeze=False)
     for ax in axes.flat:
         ax.set_axis_off()
@@ -200,10 +302,18 @@ def picture_rows(rows: Sequence[tuple[str, Tensor]], side: float = 0.95, maps: b
         line[0].set(xticks=[], yticks=[])
         line[0].spines[:].set_visible(False)
         line[0].set_ylabel(label, fontsize=8, rotation=0, ha="right", va="center")
-        for ax, picture in zip(line, pictures.movedim(1, -1).clamp(0, None).numpy(), strict=False):
+        for ax, picture in zip(
+            line, pictures.movedim(1, -1).clamp(0, None).numpy(), strict=False
+        ):
             if picture.shape[-1] == 3:
                 ax.imshow(picture.clip(0, 1), interpolation="nearest")
             else:
                 top = float(picture.max()) if maps else 1.0
-                ax.imshow(picture[..., 0], cmap="gray", vmin=0, vmax=top or 1.0, interpolation="nearest")
+                ax.imshow(
+                    picture[..., 0],
+                    cmap="gray",
+                    vmin=0,
+                    vmax=top or 1.0,
+                    interpolation="nearest",
+                )
     return png(figure)

@@ -18,18 +18,23 @@ PICTURES_AT_A_TIME = 16
 
 @dataclass(frozen=True)
 class AttentionMaps:
-    """Where the heads of one layer look in B pictures, on the grid of patches: (B, K, h, w).
+    """Where the heads of one layer look in B pictures, on the grid of patches: (B, K,
+    h, w).
 
-    ``class_token``: weight of each patch in the class token's output, the class token's own weight left out;
-    ``mean_token``: weight of each patch in the output of the average patch token.
+    ``class_token``: weight of each patch in the class token's output, the class token's
+    own weight left out; ``mean_token``: weight of each patch in the output of the
+    average patch token.
     """
 
     class_token: HeadMaps
     mean_token: HeadMaps
 
 
-def attention_maps(model: MaskedAutoencoder, images: Images, layer: int = -1) -> AttentionMaps:
-    r"""Attention of one encoder layer, head by head, over the patches of unmasked pictures,
+def attention_maps(
+    model: MaskedAutoencoder, images: Images, layer: int = -1
+) -> AttentionMaps:
+    r"""Attention of one encoder layer, head by head, over the patches of unmasked
+    pictures,
 
     .. math:: \text{class token:}\ (A_k)_{0j}, \qquad \text{mean token:}\ \tfrac1L \sum_{i \ge 1} (A_k)_{ij},
               \qquad j = 1, \dots, L.
@@ -39,7 +44,8 @@ def attention_maps(model: MaskedAutoencoder, images: Images, layer: int = -1) ->
     Parameters
     ----------
     model : of either architecture.
-    images : (B, C, H, W) in [0, 1], sides multiples of the patch size; larger than in training is allowed.
+    images : (B, C, H, W) in [0, 1], sides multiples of the patch size; larger than in
+        training is allowed.
     layer : index of the encoder layer, negative from the end.
 
     Raises
@@ -56,13 +62,18 @@ def attention_maps(model: MaskedAutoencoder, images: Images, layer: int = -1) ->
 
 
 def all_attention_maps(model: MaskedAutoencoder, images: Images) -> list[AttentionMaps]:
-    """:func:`attention_maps` of every encoder layer, from one pass.  Book: :ref:`ch-heads`."""
+    """:func:`attention_maps` of every encoder layer, from one pass.  Book:
+    :ref:`ch-heads`.
+    """
     maps: list[list[AttentionMaps]] = []
     for some in images.split(PICTURES_AT_A_TIME):
         trace = trace_tokens(model, some, attentions=True)
         maps.append([maps_of(weights, trace.grid) for weights in trace.attentions])
     return [
-        AttentionMaps(torch.cat([m.class_token for m in layer]), torch.cat([m.mean_token for m in layer]))
+        AttentionMaps(
+            torch.cat([m.class_token for m in layer]),
+            torch.cat([m.mean_token for m in layer]),
+        )
         for layer in zip(*maps, strict=True)
     ]
 
@@ -70,15 +81,17 @@ def all_attention_maps(model: MaskedAutoencoder, images: Images) -> list[Attenti
 def maps_of(weights: AttentionWeights, grid: tuple[int, int]) -> AttentionMaps:
     """Attention weights (B, K, n, n) of one layer as maps on the grid; n = 1 + h w."""
     return AttentionMaps(
-        weights[..., 0, 1:].unflatten(-1, grid).clone(), weights[..., 1:, 1:].mean(-2).unflatten(-1, grid)
+        weights[..., 0, 1:].unflatten(-1, grid).clone(),
+        weights[..., 1:, 1:].mean(-2).unflatten(-1, grid),
     )
 
 
 def upsample(maps: HeadMaps, size: tuple[int, int], smooth: bool = False) -> PixelMaps:
     """Maps (B, K, h, w) over the picture, (B, K, H, W).
 
-    By default each patch keeps its one value, since the model has no finer ones; ``smooth`` interpolates linearly
-    between patch centres, which looks better and says no more.  Book: :ref:`ch-heads`.
+    By default each patch keeps its one value, since the model has no finer ones;
+    ``smooth`` interpolates linearly between patch centres, which looks better and says
+    no more.  Book: :ref:`ch-heads`.
     """
     if not smooth:
         return F.interpolate(maps, size=size, mode="nearest")

@@ -1,12 +1,15 @@
-r"""What one layer does to tokens, measured: its rates, its step against gradients, what its partner gives back.
+r"""What one layer does to tokens, measured: its rates, its step against gradients, what
+its partner gives back.
 
 The pieces of :mod:`crate_core.inspection.layers`, on tensors.
 
-**Which bases.**  In a CRATE layer :math:`U_k` is the shared projection of head k.  A vision transformer has three
-projections; its :math:`U_k` here is the *value* projection of head k, the one whose image is averaged and passed on.
+**Which bases.**  In a CRATE layer :math:`U_k` is the shared projection of head k.  A
+vision transformer has three projections; its :math:`U_k` here is the *value* projection
+of head k, the one whose image is averaged and passed on.
 
-**Which units.**  A rate changes when tokens merely grow, so tokens are scaled to root mean square norm one, picture by
-picture, and ``eps`` is the error allowed per token as a share of that norm.
+**Which units.**  A rate changes when tokens merely grow, so tokens are scaled to root
+mean square norm one, picture by picture, and ``eps`` is the error allowed per token as
+a share of that norm.
 
 Book: :ref:`ch-layer-by-layer`.
 """
@@ -36,16 +39,25 @@ from crate_core.model.attention import exact_mssa, mssa
 from crate_core.model.autoencoder import MaskedAutoencoder
 from crate_core.model.layers import DecoderLayer, EncoderLayer
 from crate_core.shapes import Bases, Scalars, Tokens
-from crate_core.theory.rate import coding_rate, head_coordinates, subspace_coding_rate, subspace_coding_rate_grad
+from crate_core.theory.rate import (
+    coding_rate,
+    head_coordinates,
+    subspace_coding_rate,
+    subspace_coding_rate_grad,
+)
 
 DIRECTIONS_EPS = 0.1
-"""Coding precision of the authors' published measure, for coordinates of norm one (their code gives its square)."""
+"""Coding precision of the authors' published measure, for coordinates of norm one
+(their code gives its square).
+"""
 
 
 @dataclass(frozen=True)
 class AttentionParts:
-    """The attention half of a layer: its ``norm``, the operator ``attend`` on normed tokens, and per head what is read
-    (``bases``, (K, d, p)) and what is written (``written``, (K, d, p); the theory says that it equals the bases)."""
+    """The attention half of a layer: its ``norm``, the operator ``attend`` on normed
+    tokens, and per head what is read (``bases``, (K, d, p)) and what is written
+    (``written``, (K, d, p); the theory says that it equals the bases).
+    """
 
     norm: nn.Module
     attend: nn.Module
@@ -60,28 +72,37 @@ def attention_parts(layer: nn.Module) -> AttentionParts:
     """
     if isinstance(layer, EncoderLayer | DecoderLayer):
         attention = layer.attention
-        written = attention.output.weight.unflatten(1, (attention.heads, -1)).movedim(1, 0)
+        written = attention.output.weight.unflatten(1, (attention.heads, -1)).movedim(
+            1, 0
+        )
         return AttentionParts(layer.norm_attention, attention, attention.bases, written)
     if not (hasattr(layer, "norm1") and hasattr(layer, "attn")):
-        raise ValueError(f"a layer of CRATE-MAE or a transformer block of timm is needed, got {type(layer).__name__}")
+        raise ValueError(
+            f"a layer of CRATE-MAE or a transformer block of timm is needed, got {type(layer).__name__}"
+        )
     block = cast(Any, layer)
     heads = block.attn.num_heads
     values = block.attn.qkv.weight.chunk(3)[2]
     written = block.attn.proj.weight.unflatten(1, (heads, -1)).movedim(1, 0)
-    return AttentionParts(block.norm1, block.attn, values.unflatten(0, (heads, -1)).mT, written)
+    return AttentionParts(
+        block.norm1, block.attn, values.unflatten(0, (heads, -1)).mT, written
+    )
 
 
 def unit_tokens(z: Tokens, like: Tokens | None = None) -> Tokens:
-    """Tokens divided by the root mean square norm of their picture's tokens, or of the tokens ``like``."""
+    """Tokens divided by the root mean square norm of their picture's tokens, or of the
+    tokens ``like``.
+    """
     scale = (z if like is None else like).square().sum(dim=-1).mean(dim=-1).sqrt()
     return z / scale.clamp_min(torch.finfo(z.dtype).tiny)[..., None, None]
 
 
 def residual_direction(z: Tokens, bases: Bases) -> Tokens:
-    r"""What lies in subspaces other than a token's strongest one, :math:`r_i = \sum_{k \ne s_i} U_k U_k^\top z_i` with
-    :math:`s_i = \arg\max_k \|U_k^\top z_i\|`.
+    r"""What lies in subspaces other than a token's strongest one, :math:`r_i = \sum_{k
+    \ne s_i} U_k U_k^\top z_i` with :math:`s_i = \arg\max_k \|U_k^\top z_i\|`.
 
-    The direction of :func:`crate_core.theory.law.noise_direction` where nobody says which subspace is a token's own.
+    The direction of :func:`crate_core.theory.law.noise_direction` where nobody says
+    which subspace is a token's own.
 
     Parameters
     ----------
@@ -106,7 +127,8 @@ def direction_rate(z: Tokens, bases: Bases) -> Scalars:
     .. math:: \tfrac12 \sum_k \log\det\Big(I + \frac{p}{n \varepsilon^2} \hat V_k \hat V_k^\top\Big), \qquad
               \hat v_{ki} = \frac{U_k^\top z_i}{\|U_k^\top z_i\|}, \quad \varepsilon = 0.1 .
 
-    It sees how parallel tokens are inside each head, and neither how long they are nor which head holds them.
+    It sees how parallel tokens are inside each head, and neither how long they are nor
+    which head holds them.
 
     Parameters
     ----------
@@ -120,11 +142,17 @@ def direction_rate(z: Tokens, bases: Bases) -> Scalars:
 
     Book: :ref:`ch-layer-by-layer`.
     """
-    return coding_rate(F.normalize(head_coordinates(z, bases), dim=-1), DIRECTIONS_EPS).sum(dim=-1)
+    return coding_rate(
+        F.normalize(head_coordinates(z, bases), dim=-1), DIRECTIONS_EPS
+    ).sum(dim=-1)
 
 
-def rates(z: Tokens, bases: Bases, orthonormal: Bases, eps: float) -> dict[str, Scalars]:
-    """R of the tokens (``total``), and R^c in bases as ``learned`` and made ``orthonormal``."""
+def rates(
+    z: Tokens, bases: Bases, orthonormal: Bases, eps: float
+) -> dict[str, Scalars]:
+    """R of the tokens (``total``), and R^c in bases as ``learned`` and made
+    ``orthonormal``.
+    """
     return {
         "total": coding_rate(z, eps),
         "learned": subspace_coding_rate(z, bases, eps),
@@ -138,7 +166,9 @@ def without(a: Tokens, z: Tokens) -> Tokens:
     return a - (a * direction).sum(dim=-1, keepdim=True) * direction
 
 
-def layer_measures(layer: nn.Module, x: Tokens, key: int, eps: float) -> dict[str, Tensor]:
+def layer_measures(
+    layer: nn.Module, x: Tokens, key: int, eps: float
+) -> dict[str, Tensor]:
     """All measures of one encoder layer at its input x (B, n, d), each (B,)."""
     parts = attention_parts(layer)
     normed = parts.norm(x)
@@ -168,7 +198,10 @@ def layer_measures(layer: nn.Module, x: Tokens, key: int, eps: float) -> dict[st
         "random": -subspace_coding_rate_grad(z, random, eps),
         "swapped": against.roll(1, dims=-2),
     }
-    measures |= {f"step_{name}": token_cosine(step, direction) for name, direction in directions.items()}
+    measures |= {
+        f"step_{name}": token_cosine(step, direction)
+        for name, direction in directions.items()
+    }
     measures["step_beyond"] = token_cosine(without(step, z), without(against, z))
     return measures
 
@@ -194,24 +227,38 @@ def centred(z: Tokens) -> Tokens:
 
 
 def _token_gram(z: Tokens) -> Tensor:
-    """Inner products (..., n, n) of the tokens about their mean: all of them but their orientation in space."""
+    """Inner products (..., n, n) of the tokens about their mean: all of them but their
+    orientation in space.
+    """
     return centred(z) @ centred(z).mT
 
 
 def inversion_measures(
     model: MaskedAutoencoder, hidden: Sequence[Tensor], decoded: Sequence[Tensor]
 ) -> dict[str, Tensor]:
-    """How decoder layers invert encoder layers, and how alike the paths of the two are; each (B, L, M)."""
+    """How decoder layers invert encoder layers, and how alike the paths of the two are;
+    each (B, L, M).
+    """
     whole, about_mean, scales = [], [], []
     for x, output in itertools.pairwise(hidden):
-        back = torch.stack([cast(Any, layer)(output) for layer in model.decoder], dim=1)  # (B, M, n, d)
+        # (B, M, n, d)
+        back = torch.stack([cast(Any, layer)(output) for layer in model.decoder], dim=1)
         target = x[:, None].expand_as(back)
         whole.append(matrix_cosine(back, target))
         about_mean.append(matrix_cosine(centred(back), centred(target)))
-        scales.append((back * target).sum(dim=(-2, -1)) / back.square().sum(dim=(-2, -1)))
+        scales.append(
+            (back * target).sum(dim=(-2, -1)) / back.square().sum(dim=(-2, -1))
+        )
     grams = [[_token_gram(z) for z in tokens] for tokens in (hidden[:-1], decoded[1:])]
-    alike = torch.stack([torch.stack([matrix_cosine(x, y) for y in grams[1]], dim=1) for x in grams[0]], dim=1)
+    alike = torch.stack(
+        [torch.stack([matrix_cosine(x, y) for y in grams[1]], dim=1) for x in grams[0]],
+        dim=1,
+    )
     stacked = [torch.stack(part, dim=1) for part in (whole, about_mean, scales)]
     return dict(
-        zip(("inverse_cosine", "inverse_centred", "inverse_scale", "path_similarity"), (*stacked, alike), strict=True)
+        zip(
+            ("inverse_cosine", "inverse_centred", "inverse_scale", "path_similarity"),
+            (*stacked, alike),
+            strict=True,
+        )
     )

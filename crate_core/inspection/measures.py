@@ -1,6 +1,8 @@
-r"""Measures of tokens and of weights: sparsity, effective rank, how orthogonal subspaces are, cosines.
+r"""Measures of tokens and of weights: sparsity, effective rank, how orthogonal
+subspaces are, cosines.
 
-Every measure here is blind to the scale of what it measures; each says what it is for nothing and for everything.
+Every measure here is blind to the scale of what it measures; each says what it is for
+nothing and for everything.
 
 Book: :ref:`ch-layer-by-layer`.
 """
@@ -15,9 +17,12 @@ from crate_core.theory.rate import check_tokens
 
 
 def check_vectors(z: TokenVectors) -> None:
-    """Raise ``ValueError`` unless z are floating-point vectors of at least two entries."""
+    """Raise ``ValueError`` unless z are floating-point vectors of at least two entries.
+    """
     if z.ndim < 1 or z.shape[-1] < 2 or not z.is_floating_point():
-        raise ValueError(f"vectors must be floating point, (..., d) with d >= 2, got {z.dtype} {tuple(z.shape)}")
+        raise ValueError(
+            f"vectors must be floating point, (..., d) with d >= 2, got {z.dtype} {tuple(z.shape)}"
+        )
 
 
 def nonzero_share(z: TokenVectors) -> PerToken:
@@ -49,8 +54,9 @@ def hoyer(z: TokenVectors) -> PerToken:
 
     .. math:: \frac{\sqrt d - \|z\|_1 / \|z\|_2}{\sqrt d - 1},
 
-    1 for a single nonzero entry, 0 when all magnitudes are equal; about
-    :math:`(1 - \sqrt{2/\pi}) = 0.20` for Gaussian entries and large d.  The zero vector counts as 1.
+    1 for a single nonzero entry, 0 when all magnitudes are equal; about :math:`(1 -
+    \sqrt{2/\pi}) = 0.20` for Gaussian entries and large d.  The zero vector counts as
+    1.
 
     Parameters
     ----------
@@ -78,12 +84,13 @@ def hoyer(z: TokenVectors) -> PerToken:
 
 
 def gini(z: TokenVectors) -> PerToken:
-    r"""Gini index of the magnitudes sorted upwards, :math:`|z|_{(1)} \le \dots \le |z|_{(d)}`,
+    r"""Gini index of the magnitudes sorted upwards, :math:`|z|_{(1)} \le \dots \le
+    |z|_{(d)}`,
 
     .. math:: 1 - \frac{2}{d} \sum_{i=1}^{d} \frac{|z|_{(i)}}{\|z\|_1}\,\big(d - i + \tfrac12\big),
 
-    0 when all magnitudes are equal, 1 - 1/d for a single nonzero entry; :math:`\sqrt2 - 1 = 0.41` for Gaussian entries
-    and large d.  The zero vector counts as 1.
+    0 when all magnitudes are equal, 1 - 1/d for a single nonzero entry; :math:`\sqrt2 -
+    1 = 0.41` for Gaussian entries and large d.  The zero vector counts as 1.
 
     Parameters
     ----------
@@ -112,11 +119,12 @@ def gini(z: TokenVectors) -> PerToken:
 
 
 def token_spectrum(z: Tokens) -> Tensor:
-    r"""Eigenvalues, upwards, of the covariance of the tokens about their mean, :math:`\tfrac1n \sum_i (z_i - \bar z)
-    (z_i - \bar z)^\top`: the min(n, d) of them that can be nonzero.
+    r"""Eigenvalues, upwards, of the covariance of the tokens about their mean,
+    :math:`\tfrac1n \sum_i (z_i - \bar z) (z_i - \bar z)^\top`: the min(n, d) of them
+    that can be nonzero.
 
-    The mean is taken out because it is one direction that says nothing about how tokens differ; tokens after a ReLU
-    are mostly mean.
+    The mean is taken out because it is one direction that says nothing about how tokens
+    differ; tokens after a ReLU are mostly mean.
 
     Parameters
     ----------
@@ -143,7 +151,8 @@ def token_spectrum(z: Tokens) -> Tensor:
 
 
 def participation_ratio(spectrum: TokenVectors) -> PerToken:
-    r"""Effective rank of a spectrum by its second moment, :math:`(\sum_i \lambda_i)^2 / \sum_i \lambda_i^2`.
+    r"""Effective rank of a spectrum by its second moment, :math:`(\sum_i \lambda_i)^2 /
+    \sum_i \lambda_i^2`.
 
     r when r eigenvalues are equal and the others zero; 0 for a spectrum of zeros.
 
@@ -165,11 +174,11 @@ def participation_ratio(spectrum: TokenVectors) -> PerToken:
 
 
 def entropy_rank(spectrum: TokenVectors) -> PerToken:
-    r"""Effective rank of a spectrum by its entropy, :math:`\exp(-\sum_i q_i \log q_i)` with
-    :math:`q_i = \lambda_i / \sum_j \lambda_j`.
+    r"""Effective rank of a spectrum by its entropy, :math:`\exp(-\sum_i q_i \log q_i)`
+    with :math:`q_i = \lambda_i / \sum_j \lambda_j`.
 
-    At least the :func:`participation_ratio`, as it gives small eigenvalues more weight; equal to it when the nonzero
-    ones are equal.
+    At least the :func:`participation_ratio`, as it gives small eigenvalues more weight;
+    equal to it when the nonzero ones are equal.
 
     Parameters
     ----------
@@ -181,7 +190,8 @@ def entropy_rank(spectrum: TokenVectors) -> PerToken:
     tensor (...)
         In [1, m], or 0 for a spectrum of zeros.
 
-    Book: :ref:`ch-layer-by-layer`.  The effective rank of :cite:t:`roy2007effective`, of variances.
+    Book: :ref:`ch-layer-by-layer`.  The effective rank of :cite:t:`roy2007effective`,
+    of variances.
     """
     shares = _shares(spectrum)
     rank = torch.exp(torch.special.entr(shares).sum(dim=-1))
@@ -192,12 +202,17 @@ def _shares(spectrum: Tensor) -> Tensor:
     """A spectrum divided by its sum; zeros stay zeros."""
     if not bool((spectrum >= 0).all()):
         raise ValueError("a spectrum must be >= 0")
-    scaled = spectrum / spectrum.amax(dim=-1, keepdim=True).clamp_min(torch.finfo(spectrum.dtype).tiny)
-    return scaled / scaled.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(spectrum.dtype).tiny)
+    scaled = spectrum / spectrum.amax(dim=-1, keepdim=True).clamp_min(
+        torch.finfo(spectrum.dtype).tiny
+    )
+    return scaled / scaled.sum(dim=-1, keepdim=True).clamp_min(
+        torch.finfo(spectrum.dtype).tiny
+    )
 
 
 def orthonormal_bases(bases: Bases) -> Bases:
-    r"""Each basis made orthonormal by QR, :math:`U_k = Q_k R_k`: the same subspaces, without the bases' own lengths.
+    r"""Each basis made orthonormal by QR, :math:`U_k = Q_k R_k`: the same subspaces,
+    without the bases' own lengths.
 
     Different subspaces stay as they lie to each other.
 
@@ -218,15 +233,19 @@ def orthonormal_bases(bases: Bases) -> Bases:
     Book: :ref:`ch-layer-by-layer`.
     """
     if bases.shape[2] > bases.shape[1]:
-        raise ValueError(f"{bases.shape[2]} vectors in {bases.shape[1]} dimensions cannot be orthonormal")
+        raise ValueError(
+            f"{bases.shape[2]} vectors in {bases.shape[1]} dimensions cannot be orthonormal"
+        )
     return torch.linalg.qr(bases).Q
 
 
 def subspace_cosines(bases: Bases) -> Tensor:
-    r"""Largest cosine between every two different subspaces, :math:`\|Q_j^\top Q_k\|_2` for j < k.
+    r"""Largest cosine between every two different subspaces, :math:`\|Q_j^\top Q_k\|_2`
+    for j < k.
 
-    0 for orthogonal subspaces, 1 when they share a direction.  Random subspaces are not incoherent: for p/d = 1/4 the
-    largest cosine tends to :math:`\sqrt{4 \cdot \tfrac14 \cdot \tfrac34} = 0.87`.
+    0 for orthogonal subspaces, 1 when they share a direction.  Random subspaces are not
+    incoherent: for p/d = 1/4 the largest cosine tends to :math:`\sqrt{4 \cdot \tfrac14
+    \cdot \tfrac34} = 0.87`.
 
     Parameters
     ----------
@@ -247,7 +266,9 @@ def subspace_cosines(bases: Bases) -> Tensor:
     if bases.shape[0] < 2:
         raise ValueError("subspaces are compared two by two: K >= 2, got K = 1")
     q = orthonormal_bases(bases)
-    rows, columns = torch.triu_indices(bases.shape[0], bases.shape[0], offset=1, device=bases.device)
+    rows, columns = torch.triu_indices(
+        bases.shape[0], bases.shape[0], offset=1, device=bases.device
+    )
     return torch.linalg.matrix_norm(q[rows].mT @ q[columns], ord=2)
 
 
@@ -256,7 +277,8 @@ def gram_defect(matrix: Tensor) -> Scalars:
 
     .. math:: \min_c \frac{\|c\,A^\top A - I\|_F}{\sqrt m}, \qquad A \in \mathbb{R}^{d \times m}.
 
-    0 for orthogonal columns of equal length; :math:`\sqrt{m/(d + m)}` in the limit for independent Gaussian entries.
+    0 for orthogonal columns of equal length; :math:`\sqrt{m/(d + m)}` in the limit for
+    independent Gaussian entries.
 
     Parameters
     ----------
@@ -270,14 +292,15 @@ def gram_defect(matrix: Tensor) -> Scalars:
     Book: :ref:`ch-layer-by-layer`.
     """
     squared = torch.linalg.svdvals(matrix.double()).square()
-    # The best c is sum s^2 / sum s^4, at which the squared norm is m - (sum s^2)^2 / sum s^4.
+    # The best c is sum s^2 / sum s^4, at which the squared norm is m - (sum s^2)^2 /
+    # sum s^4.
     columns = matrix.shape[-1]
     return (1 - participation_ratio(squared) / columns).clamp_min(0.0).sqrt()
 
 
 def token_cosine(a: Tokens, b: Tokens) -> Scalars:
-    r"""Mean over tokens of the cosine between partners, :math:`\tfrac1n \sum_i \langle a_i, b_i \rangle / (\|a_i\|
-    \|b_i\|)`; a zero token counts as cosine 0.
+    r"""Mean over tokens of the cosine between partners, :math:`\tfrac1n \sum_i \langle
+    a_i, b_i \rangle / (\|a_i\| \|b_i\|)`; a zero token counts as cosine 0.
 
     Parameters
     ----------
@@ -293,9 +316,11 @@ def token_cosine(a: Tokens, b: Tokens) -> Scalars:
 
 
 def matrix_cosine(a: Tokens, b: Tokens) -> Scalars:
-    r"""Cosine between two matrices, :math:`\langle A, B \rangle_F / (\|A\|_F \|B\|_F)`; 0 if one is zero.
+    r"""Cosine between two matrices, :math:`\langle A, B \rangle_F / (\|A\|_F \|B\|_F)`;
+    0 if one is zero.
 
-    The relative error at the best scalar is :math:`\min_c \|A - c B\|_F / \|A\|_F = \sqrt{1 - \cos^2}`.
+    The relative error at the best scalar is :math:`\min_c \|A - c B\|_F / \|A\|_F =
+    \sqrt{1 - \cos^2}`.
 
     Parameters
     ----------

@@ -1,7 +1,8 @@
-r"""``crate inspect``: what the layers, tokens and heads of a saved model do, as one self-contained HTML page.
+r"""``crate inspect``: what the layers, tokens and heads of a saved model do, as one
+self-contained HTML page.
 
-Everything stands beside the same network untrained, from several seeds.  The page holds no script and asks for nothing:
-pictures are inside it.
+Everything stands beside the same network untrained, from several seeds.  The page holds
+no script and asks for nothing: pictures are inside it.
 
 Book: :ref:`ch-layer-by-layer`, :ref:`ch-tokens`, :ref:`ch-heads`.
 """
@@ -19,7 +20,13 @@ from crate_core.data.sources import ArrayImages, FileImages, digits
 from crate_core.evaluation.probe import untrained
 from crate_core.inspection import figures as figures
 from crate_core.inspection.layers import inspect_layers, inspect_weights
-from crate_core.inspection.sections import SHOWN, Section, layer_sections, picture_sections, readout_sections
+from crate_core.inspection.sections import (
+    SHOWN,
+    Section,
+    layer_sections,
+    picture_sections,
+    readout_sections,
+)
 from crate_core.model.autoencoder import MaskedAutoencoder
 from crate_core.model.config import FrameConfig
 from crate_core.model.files import atomic_write
@@ -42,25 +49,40 @@ summary { cursor: pointer; }
 
 
 def shipped_pictures(config: FrameConfig, count: int = 32) -> Images:
-    """Pictures (B, C, H, W) in [0, 1] that need no download and fit a model: held-out digits for one channel, squares
-    cut from the two photographs that scikit-learn ships for three.
+    """Pictures (B, C, H, W) in [0, 1] that need no download and fit a model: held-out
+    digits for one channel, squares cut from the two photographs that scikit-learn ships
+    for three.
 
-    Raises ``ValueError`` for another number of channels.  Book: :ref:`ch-layer-by-layer`.
+    Raises ``ValueError`` for another number of channels.  Book:
+    :ref:`ch-layer-by-layer`.
     """
     if config.channels == 1:
         return some_pictures(digits().held_out, config, count)
     if config.channels != 3:
-        raise ValueError(f"no pictures of {config.channels} channels are at hand: give some with --images or --data")
+        raise ValueError(
+            f"no pictures of {config.channels} channels are at hand: give some with --images or --data"
+        )
     from sklearn.datasets import load_sample_images
 
-    photographs = [torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 for image in load_sample_images().images]
+    photographs = [
+        torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
+        for image in load_sample_images().images
+    ]
     height = photographs[0].shape[1]
     side = height // max(1, min(4, round(height / max(image_size(config)))))
-    squares = [photo.unfold(1, side, side).unfold(2, side, side).flatten(1, 2).movedim(1, 0) for photo in photographs]
+    squares = [
+        photo.unfold(1, side, side).unfold(2, side, side).flatten(1, 2).movedim(1, 0)
+        for photo in photographs
+    ]
     return some_pictures(ArrayImages(torch.cat(squares)), config, count)
 
 
-def render(title: str, facts: Sequence[tuple[str, str]], thumbnails: str, sections: Sequence[Section]) -> str:
+def render(
+    title: str,
+    facts: Sequence[tuple[str, str]],
+    thumbnails: str,
+    sections: Sequence[Section],
+) -> str:
     """The page."""
 
     def table(rows: tuple[tuple[str, np.ndarray], ...]) -> str:
@@ -70,9 +92,7 @@ def render(title: str, facts: Sequence[tuple[str, str]], thumbnails: str, sectio
             f"<tr><td>{html.escape(name)}</td>{''.join(f'<td>{value:.3g}</td>' for value in values)}</tr>"
             for name, values in rows
         )
-        return (
-            f"<details><summary>Numbers, layer by layer</summary><div class=wide><table>{body}</table></div></details>"
-        )
+        return f"<details><summary>Numbers, layer by layer</summary><div class=wide><table>{body}</table></div></details>"
 
     parts = [
         f"<section><h2>{html.escape(s.title)}</h2><p>{html.escape(s.how)}</p>"
@@ -80,7 +100,10 @@ def render(title: str, facts: Sequence[tuple[str, str]], thumbnails: str, sectio
         f"<figcaption>{html.escape(s.found)}</figcaption></figure>{table(s.rows)}</section>"
         for s in sections
     ]
-    listed = "".join(f"<tr><td>{html.escape(name)}</td><td>{html.escape(value)}</td></tr>" for name, value in facts)
+    listed = "".join(
+        f"<tr><td>{html.escape(name)}</td><td>{html.escape(value)}</td></tr>"
+        for name, value in facts
+    )
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
         f'content="width=device-width, initial-scale=1"><title>{html.escape(title)}</title>'
@@ -102,7 +125,8 @@ def inspection_report(
     eps: float = 0.5,
     seeds: Sequence[int] = (0, 1, 2),
 ) -> str:
-    """The report on a model as HTML: layers, tokens and heads on pictures, beside the same network untrained.
+    """The report on a model as HTML: layers, tokens and heads on pictures, beside the
+    same network untrained.
 
     Parameters
     ----------
@@ -124,13 +148,26 @@ def inspection_report(
         raise ValueError("at least one seed of an untrained control is needed")
     device = next(model.parameters()).device
     controls = [untrained(model.config, seed).to(device) for seed in seeds]
-    found, *others = (inspect_layers(network, images, eps=eps) for network in (model, *controls))
-    sections = layer_sections(found, others, inspect_weights(model), [inspect_weights(control) for control in controls])
+    found, *others = (
+        inspect_layers(network, images, eps=eps) for network in (model, *controls)
+    )
+    sections = layer_sections(
+        found,
+        others,
+        inspect_weights(model),
+        [inspect_weights(control) for control in controls],
+    )
     config: Any = model.config
     described: list[tuple[str, str]] = [
-        ("model", f"{config.model_type}, {sum(p.numel() for p in model.parameters()):,} parameters"),
+        (
+            "model",
+            f"{config.model_type}, {sum(p.numel() for p in model.parameters()):,} parameters",
+        ),
         ("layers, width, heads", f"{config.depth}, {config.dim}, {config.heads}"),
-        ("pictures", f"{len(images)} of {images.shape[2]} x {images.shape[3]} pixels, {images.shape[1]} channels"),
+        (
+            "pictures",
+            f"{len(images)} of {images.shape[2]} x {images.shape[3]} pixels, {images.shape[1]} channels",
+        ),
         ("eps", f"{eps:g} of the tokens' norm"),
         ("untrained controls", f"{len(seeds)} seeds"),
         *facts,
@@ -140,7 +177,11 @@ def inspection_report(
         f"Inside {name}",
         described,
         thumbnails,
-        [*sections, *readout_sections(model, controls, images), *picture_sections(model, controls[0], images)],
+        [
+            *sections,
+            *readout_sections(model, controls, images),
+            *picture_sections(model, controls[0], images),
+        ],
     )
 
 
@@ -154,8 +195,8 @@ def inspect_checkpoint(
     seeds: int = 3,
     command: str = "crate_core.inspection.page.inspect_checkpoint",
 ) -> str:
-    """What ``crate inspect`` writes: :func:`inspection_report` on files, on held-out pictures of ``data``, or on
-    pictures that are shipped.
+    """What ``crate inspect`` writes: :func:`inspection_report` on files, on held-out
+    pictures of ``data``, or on pictures that are shipped.
 
     Raises
     ------
@@ -174,13 +215,22 @@ def inspect_checkpoint(
         source = FileImages([Path(file) for file in files])
         images, origin = some_pictures(source, model.config, len(source)), "files"
         if len(images) < len(source):
-            origin = f"files; {len(source) - len(images)} of {len(source)} could not be read"
+            origin = (
+                f"files; {len(source) - len(images)} of {len(source)} could not be read"
+            )
     elif data is not None:
         opened = open_data(data)
-        images, origin = some_pictures(opened.held_out, model.config, count), f"held out: {opened.description}"
+        images, origin = (
+            some_pictures(opened.held_out, model.config, count),
+            f"held out: {opened.description}",
+        )
     else:
         images = shipped_pictures(model.config, count)
-        origin = "scikit-learn's digits, held out" if model.config.channels == 1 else "scikit-learn's photographs, cut"
+        origin = (
+            "scikit-learn's digits, held out"
+            if model.config.channels == 1
+            else "scikit-learn's photographs, cut"
+        )
     record = provenance(command, device_name(next(model.parameters()).device))
     facts = [
         ("origin of the pictures", origin),

@@ -1,4 +1,5 @@
-r"""What a linear map reads off the tokens of removed patches: what each layer brought there from visible ones.
+r"""What a linear map reads off the tokens of removed patches: what each layer brought
+there from visible ones.
 
 Book: :ref:`ch-layer-by-layer`.
 """
@@ -14,20 +15,28 @@ from crate_core.model.patches import patchify
 from crate_core.shapes import Images, OtherImages
 
 READOUT_RIDGE = 1e-2
-"""Weight of the ridge penalty of :func:`linear_readout`, for standardised tokens, per token."""
+"""Weight of the ridge penalty of :func:`linear_readout`, for standardised tokens, per
+token.
+"""
 
 
 @torch.no_grad()
 def linear_readout(
-    model: MaskedAutoencoder, fitted: Images, tested: OtherImages, mask_ratio: float, seed: int = 0
+    model: MaskedAutoencoder,
+    fitted: Images,
+    tested: OtherImages,
+    mask_ratio: float,
+    seed: int = 0,
 ) -> np.ndarray:
-    r"""How much of the removed patches a linear map reads off their own tokens, by layer,
+    r"""How much of the removed patches a linear map reads off their own tokens, by
+    layer,
 
     .. math:: 1 - \frac{\sum (t - \hat t)^2}{\sum (t - \bar t)^2},
 
-    for the pixels t of removed patches of ``tested`` pictures, a ridge regression :math:`\hat t` fitted on ``fitted``
-    ones and :math:`\bar t` the mean picture of those.  A removed patch's token starts as position alone, which knows no
-    more than the mean picture; whatever is above 0 was brought there from visible patches.
+    for the pixels t of removed patches of ``tested`` pictures, a ridge regression
+    :math:`\hat t` fitted on ``fitted`` ones and :math:`\bar t` the mean picture of
+    those.  A removed patch's token starts as position alone, which knows no more than
+    the mean picture; whatever is above 0 was brought there from visible patches.
 
     Parameters
     ----------
@@ -54,7 +63,9 @@ def linear_readout(
     model.eval()
     device = next(model.parameters()).device
     length = math.prod(model.config.grid)
-    noise = mask_noise(seed, 0, len(fitted) + len(tested), length, Stream.EVALUATION_MASK)
+    noise = mask_noise(
+        seed, 0, len(fitted) + len(tested), length, Stream.EVALUATION_MASK
+    )
     pictures = model.standardize(torch.cat([fitted, tested]).to(device))
     out = model(pictures, mask_ratio, noise.to(device), output_hidden_states=True)
     model.train(was_training)
@@ -68,9 +79,13 @@ def linear_readout(
         tokens = hidden[:, 1:].double()
         rows = tokens[:first][train]
         spread = rows.std(dim=0)
-        tokens = (tokens - rows.mean(dim=0)) / spread.clamp_min(1e-3 * float(spread.max()))
+        tokens = (tokens - rows.mean(dim=0)) / spread.clamp_min(
+            1e-3 * float(spread.max())
+        )
         rows, wanted = tokens[:first][train], targets[:first][train]
-        gram = rows.mT @ rows + READOUT_RIDGE * len(rows) * torch.eye(rows.shape[1]).to(rows)
+        gram = rows.mT @ rows + READOUT_RIDGE * len(rows) * torch.eye(rows.shape[1]).to(
+            rows
+        )
         read = tokens[first:][test] @ torch.linalg.solve(gram, rows.mT @ wanted)
         true = targets[first:][test]
         shares.append(float(1 - (true - read).square().sum() / true.square().sum()))

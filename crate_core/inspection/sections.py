@@ -1,4 +1,5 @@
-"""The parts of the report that ``crate inspect`` writes: what each shows, how to read it, what was found.
+"""The parts of the report that ``crate inspect`` writes: what each shows, how to read
+it, what was found.
 
 Book: :ref:`ch-layer-by-layer`.
 """
@@ -13,7 +14,11 @@ from torch import Tensor
 
 from crate_core.inspection import figures as figures
 from crate_core.inspection.heads import all_attention_maps, upsample
-from crate_core.inspection.layers import LayerInspection, WeightInspection, partner_scores
+from crate_core.inspection.layers import (
+    LayerInspection,
+    WeightInspection,
+    partner_scores,
+)
 from crate_core.inspection.readout import linear_readout
 from crate_core.inspection.token_blends import interpolate_tokens
 from crate_core.inspection.tokens import token_pca, trace_tokens
@@ -25,7 +30,8 @@ SHOWN = 6
 """Pictures that the page shows."""
 
 MASK_RATIO = 0.75
-"""Share of patches removed where the decoder is asked for pictures, as in pretraining."""
+"""Share of patches removed where the decoder is asked for pictures, as in pretraining.
+"""
 
 
 READOUT_PICTURES = 8
@@ -34,7 +40,9 @@ READOUT_PICTURES = 8
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page: its ``figure`` as a ``data:`` address with ``alt`` text, what it says and how to read it."""
+    """A part of the page: its ``figure`` as a ``data:`` address with ``alt`` text, what
+    it says and how to read it.
+    """
 
     title: str
     how: str
@@ -45,21 +53,30 @@ class Section:
 
 
 def falls(values: np.ndarray) -> str:
-    """ "falls in 2 of 3 steps" for the means over pictures of an array (pictures, layers)."""
+    """ "falls in 2 of 3 steps" for the means over pictures of an array (pictures,
+    layers).
+    """
     changes = np.diff(values.mean(axis=0))
     return f"falls in {int((changes < 0).sum())} of {len(changes)} steps from layer to layer"
 
 
 def _means(inspections: Sequence[LayerInspection], name: str) -> np.ndarray:
     """Means over pictures of a measure, (inspections, layers)."""
-    return np.stack([getattr(inspection, name).mean(axis=0) for inspection in inspections])
+    return np.stack(
+        [getattr(inspection, name).mean(axis=0) for inspection in inspections]
+    )
 
 
 def _steps_inside(weights: WeightInspection) -> str:
-    """Where the step size is inside the theorems' ranges, in words; nothing without a dictionary."""
+    """Where the step size is inside the theorems' ranges, in words; nothing without a
+    dictionary.
+    """
     if weights.dictionary_norm is None or weights.eta is None:
         return ""
-    inside = [int((weights.dictionary_norm <= multiple / weights.eta).sum()) for multiple in (1, 2)]
+    inside = [
+        int((weights.dictionary_norm <= multiple / weights.eta).sum())
+        for multiple in (1, 2)
+    ]
     return (
         f" The largest eigenvalue of D^T D is below 1/eta in {inside[0]} and below 2/eta in {inside[1]} of "
         f"{len(weights.dictionary_norm)} layers."
@@ -80,8 +97,12 @@ def layer_sections(
     weights: WeightInspection,
     control_weights: Sequence[WeightInspection],
 ) -> list[Section]:
-    """The sections on layers: rates, sparsity, weights, ranks, steps and, where there is one, inversion."""
-    untrained_rate = np.concatenate([control.attended.orthonormal for control in controls])
+    """The sections on layers: rates, sparsity, weights, ranks, steps and, where there
+    is one, inversion.
+    """
+    untrained_rate = np.concatenate(
+        [control.attended.orthonormal for control in controls]
+    )
     half_step = model.compressed.orthonormal - model.tokens.orthonormal
     sections = [
         Section(
@@ -116,11 +137,18 @@ def layer_sections(
             figures.between_layers(
                 model,
                 controls,
-                [("share of nonzeros", "nonzeros"), ("Hoyer", "hoyer"), ("Gini", "gini")],
+                [
+                    ("share of nonzeros", "nonzeros"),
+                    ("Hoyer", "hoyer"),
+                    ("Gini", "gini"),
+                ],
                 [1.0, 1 - math.sqrt(2 / math.pi), math.sqrt(2) - 1],
             ),
             "Three line charts over layers: share of nonzeros, Hoyer and Gini, this model beside the untrained range.",
-            tuple((name, getattr(model, name).mean(axis=0)) for name in ("nonzeros", "hoyer", "gini")),
+            tuple(
+                (name, getattr(model, name).mean(axis=0))
+                for name in ("nonzeros", "hoyer", "gini")
+            ),
         ),
         Section(
             "Subspaces and dictionaries",
@@ -128,7 +156,8 @@ def layer_sections(
             "output projection equal to them, and a dictionary whose D^T D has no eigenvalue above 1/eta (for the "
             "rate) or 2/eta (for descent); an orthogonal dictionary has D^T D = I.",
             f"Largest cosine between two subspaces of a layer: {weights.coherence_max.max():.2f} (untrained "
-            f"{np.mean([control.coherence_max.max() for control in control_weights]):.2f})." + _steps_inside(weights),
+            f"{np.mean([control.coherence_max.max() for control in control_weights]):.2f})."
+            + _steps_inside(weights),
             figures.weights(weights, control_weights),
             "Line charts over layers of what the theorems assume of the weights: coherence, orthonormality, output "
             "projection, and the dictionary where there is one; with the value that the theory asks for.",
@@ -188,7 +217,13 @@ def layer_sections(
             "Four line charts over layers of cosines between -1 and 1, this model beside the untrained range.",
             tuple(
                 (name.removeprefix("step_"), getattr(model, name).mean(axis=0))
-                for name in ("step_gradient", "step_exact", "step_formula", "step_shrink", "step_swapped")
+                for name in (
+                    "step_gradient",
+                    "step_exact",
+                    "step_formula",
+                    "step_shrink",
+                    "step_swapped",
+                )
             ),
         ),
     ]
@@ -207,12 +242,19 @@ def layer_sections(
     return sections
 
 
-def readout_sections(model: MaskedAutoencoder, controls: Sequence[MaskedAutoencoder], images: Images) -> list[Section]:
-    """The section on removed patches, where the encoder sees them and there are pictures enough to fit and to test."""
+def readout_sections(
+    model: MaskedAutoencoder, controls: Sequence[MaskedAutoencoder], images: Images
+) -> list[Section]:
+    """The section on removed patches, where the encoder sees them and there are
+    pictures enough to fit and to test.
+    """
     if model.config.encode_visible_only or len(images) < READOUT_PICTURES:
         return []
     fitted, tested = images[::2], images[1::2]
-    found, *others = (linear_readout(network, fitted, tested, MASK_RATIO) for network in (model, *controls))
+    found, *others = (
+        linear_readout(network, fitted, tested, MASK_RATIO)
+        for network in (model, *controls)
+    )
     return [
         Section(
             "What the layers bring to removed patches",
@@ -229,19 +271,31 @@ def readout_sections(model: MaskedAutoencoder, controls: Sequence[MaskedAutoenco
     ]
 
 
-def picture_sections(model: MaskedAutoencoder, control: MaskedAutoencoder, images: Images) -> list[Section]:
-    """The sections with pictures: attention maps, principal components of tokens, and blends of two pictures."""
+def picture_sections(
+    model: MaskedAutoencoder, control: MaskedAutoencoder, images: Images
+) -> list[Section]:
+    """The sections with pictures: attention maps, principal components of tokens, and
+    blends of two pictures.
+    """
     size, shown = image_size(model.config), images[:SHOWN]
     rows: list[tuple[str, Tensor]] = [("picture", shown)]
     for name, network in (("this model", model), ("untrained", control)):
         maps = upsample(all_attention_maps(network, shown)[-1].class_token.cpu(), size)
-        rows += [(f"{name}\nhead {head + 1}", maps[:, head, None]) for head in range(min(4, maps.shape[1]))]
+        rows += [
+            (f"{name}\nhead {head + 1}", maps[:, head, None])
+            for head in range(min(4, maps.shape[1]))
+        ]
     grid = (size[0] // model.config.patch_size, size[1] // model.config.patch_size)
     colours: list[tuple[str, Tensor]] = [("picture", shown)]
     for name, network in (("this model", model), ("untrained", control)):
         tokens = trace_tokens(network, images).hidden_states[-1][:, 1:].cpu()
         pca = token_pca(tokens, 3)
-        colours.append((f"{name}\n{float(pca.explained.sum()):.0%} of variance", pca.colors(grid)[: len(shown)]))
+        colours.append(
+            (
+                f"{name}\n{float(pca.explained.sum()):.0%} of variance",
+                pca.colors(grid)[: len(shown)],
+            )
+        )
     sections = [
         Section(
             "Where the heads look",
@@ -263,8 +317,12 @@ def picture_sections(model: MaskedAutoencoder, control: MaskedAutoencoder, image
     ]
     if len(images) > 1:
         weights = (0.0, 0.25, 0.5, 0.75, 1.0)
-        noise = torch.rand(1, math.prod(model.config.grid), generator=torch.Generator().manual_seed(0))
-        blend = interpolate_tokens(model, images[:1], images[1:2], weights, mask_ratio=MASK_RATIO, noise=noise)
+        noise = torch.rand(
+            1, math.prod(model.config.grid), generator=torch.Generator().manual_seed(0)
+        )
+        blend = interpolate_tokens(
+            model, images[:1], images[1:2], weights, mask_ratio=MASK_RATIO, noise=noise
+        )
         sections.append(
             Section(
                 "Between two pictures",

@@ -1,4 +1,5 @@
-r"""Pictures from tokens: decoding, blending the tokens of two pictures, swapping some of them.
+r"""Pictures from tokens: decoding, blending the tokens of two pictures, swapping some
+of them.
 
 Book: :ref:`ch-tokens`.
 """
@@ -26,7 +27,8 @@ def decode_tokens(
     layer: int | None = None,
     like: Images | None = None,
 ) -> Images:
-    """Encoder tokens to pictures: the encoder layers after ``layer``, then the decoder.  Not cut off at 0 and 1.
+    """Encoder tokens to pictures: the encoder layers after ``layer``, then the decoder.
+    Not cut off at 0 and 1.
 
     Parameters
     ----------
@@ -34,7 +36,8 @@ def decode_tokens(
     tokens : (B, n, d) as in ``TokenTrace.hidden_states[layer]``.
     ids_restore, grid : of the trace.
     layer : 0 is the embedding, ``depth`` (the default) the output of the last layer.
-    like : (B, C, H, W) in [0, 1], pictures whose patch means and deviations a model of normalised targets needs.
+    like : (B, C, H, W) in [0, 1], pictures whose patch means and deviations a model of
+        normalised targets needs.
 
     Raises
     ------
@@ -48,7 +51,9 @@ def decode_tokens(
     if not 0 <= layer <= depth:
         raise ValueError(f"layer must be in 0 .. {depth}, got {layer}")
     if model.config.normalize_targets and like is None:
-        raise ValueError("this model predicts normalised patches; give like=, pictures with their means and deviations")
+        raise ValueError(
+            "this model predicts normalised patches; give like=, pictures with their means and deviations"
+        )
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
@@ -64,15 +69,18 @@ def decode_tokens(
     model.train(was_training)
     patches = torch.cat(decoded)
     if like is not None and model.config.normalize_targets:
-        statistics = normalize_patches(patchify(model.standardize(like.to(device)), size))
+        statistics = normalize_patches(
+            patchify(model.standardize(like.to(device)), size)
+        )
         patches = patches * statistics.std + statistics.mean
     return model.unstandardize(unpatchify(patches, size, grid)).cpu()
 
 
 @dataclass(frozen=True)
 class Interpolation:
-    """Pictures (T, B, C, H, W) between two: decoded from blends of ``tokens``, decoded from the tokens of blended
-    ``pixels``, and the ``blend`` of pixels itself."""
+    """Pictures (T, B, C, H, W) between two: decoded from blends of ``tokens``, decoded
+    from the tokens of blended ``pixels``, and the ``blend`` of pixels itself.
+    """
 
     tokens: Tensor
     pixels: Tensor
@@ -89,9 +97,11 @@ def interpolate_tokens(
     mask_ratio: float = 0.0,
     noise: PatchNoise | None = None,
 ) -> Interpolation:
-    r"""Decode :math:`(1-t)\,\phi_\ell(a) + t\,\phi_\ell(b)`, and beside it :math:`\phi_\ell((1-t)a + tb)`.
+    r"""Decode :math:`(1-t)\,\phi_\ell(a) + t\,\phi_\ell(b)`, and beside it
+    :math:`\phi_\ell((1-t)a + tb)`.
 
-    At the embedding, layer 0, the two are the same; after it they differ as far as the layers are not affine.
+    At the embedding, layer 0, the two are the same; after it they differ as far as the
+    layers are not affine.
 
     Parameters
     ----------
@@ -99,7 +109,8 @@ def interpolate_tokens(
     first, second : (B, C, H, W) in [0, 1], pairs a, b.
     weights : the values of t.
     layer : where tokens are blended, 0 .. depth; the last by default.
-    mask_ratio, noise : as in :func:`trace_tokens`; one mask for both pictures of a pair.
+    mask_ratio, noise : as in :func:`trace_tokens`; one mask for both pictures of a
+        pair.
 
     Raises
     ------
@@ -121,8 +132,15 @@ def interpolate_tokens(
     for t in weights:
         blend = torch.lerp(first, second, t)
         between = torch.lerp(one.hidden_states[layer], two.hidden_states[layer], t)
-        for states, pictures in ((between, tokens), (trace(blend).hidden_states[layer], pixels)):
-            pictures.append(decode_tokens(model, states, one.ids_restore, one.grid, layer=layer, like=blend))
+        for states, pictures in (
+            (between, tokens),
+            (trace(blend).hidden_states[layer], pixels),
+        ):
+            pictures.append(
+                decode_tokens(
+                    model, states, one.ids_restore, one.grid, layer=layer, like=blend
+                )
+            )
         blends.append(blend)
     return Interpolation(torch.stack(tokens), torch.stack(pixels), torch.stack(blends))
 
@@ -137,7 +155,8 @@ def swap_tokens(
     mask_ratio: float = 0.0,
     noise: PatchNoise | None = None,
 ) -> Images:
-    """Decode the first pictures' tokens, those of the selected patches taken from the second pictures.
+    """Decode the first pictures' tokens, those of the selected patches taken from the
+    second pictures.
 
     Parameters
     ----------
@@ -145,7 +164,8 @@ def swap_tokens(
     first, second : (B, C, H, W) in [0, 1].
     swapped : (L,), true for patches whose tokens come from the second picture.
     layer : where tokens are swapped, 0 .. depth; the last by default.
-    mask_ratio, noise : as in :func:`trace_tokens`; one mask for both pictures of a pair.
+    mask_ratio, noise : as in :func:`trace_tokens`; one mask for both pictures of a
+        pair.
 
     Returns
     -------
@@ -160,20 +180,31 @@ def swap_tokens(
     """
     check_pairs(first, second)
     layer = model.config.depth if layer is None else layer
-    one, two = (trace_tokens(model, pictures, mask_ratio=mask_ratio, noise=noise) for pictures in (first, second))
+    one, two = (
+        trace_tokens(model, pictures, mask_ratio=mask_ratio, noise=noise)
+        for pictures in (first, second)
+    )
     if len(swapped) != one.ids_restore.shape[1]:
-        raise ValueError(f"swapped must have {one.ids_restore.shape[1]} entries, one a patch, got {len(swapped)}")
+        raise ValueError(
+            f"swapped must have {one.ids_restore.shape[1]} entries, one a patch, got {len(swapped)}"
+        )
     tokens = one.hidden_states[layer]
     chosen = swapped.expand(len(first), -1)
     if model.config.encode_visible_only:  # tokens stand in the order of the mask
         chosen = chosen.gather(1, one.ids_restore.argsort(1)[:, : tokens.shape[1] - 1])
     chosen = F.pad(chosen, (1, 0), value=False)[..., None]
-    like = torch.where(patch_pixels(swapped, one.grid, model.config.patch_size), second, first)
+    like = torch.where(
+        patch_pixels(swapped, one.grid, model.config.patch_size), second, first
+    )
     mixed = torch.where(chosen, two.hidden_states[layer], tokens)
-    return decode_tokens(model, mixed, one.ids_restore, one.grid, layer=layer, like=like)
+    return decode_tokens(
+        model, mixed, one.ids_restore, one.grid, layer=layer, like=like
+    )
 
 
-def patch_pixels(selected: PatchSelection, grid: tuple[int, int], patch_size: int) -> Tensor:
+def patch_pixels(
+    selected: PatchSelection, grid: tuple[int, int], patch_size: int
+) -> Tensor:
     """A selection of patches (L,) as pixels (H, W)."""
     cells = selected.reshape(grid)
     return cells.repeat_interleave(patch_size, 0).repeat_interleave(patch_size, 1)

@@ -11,7 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crate_core.shapes import AttentionWeights, Bases, Heads, Tokens
-from crate_core.theory.rate import head_coordinates, subspace_beta, subspace_coding_rate_grad
+from crate_core.theory.rate import (
+    head_coordinates,
+    subspace_beta,
+    subspace_coding_rate_grad,
+)
 
 
 def attention_weights(v: Heads, scale: float) -> AttentionWeights:
@@ -37,18 +41,22 @@ def attention_weights(v: Heads, scale: float) -> AttentionWeights:
 
 
 SHORT_ATTENTION = 256
-"""Tokens up to which bfloat16 attention on a CPU keeps its weights for the backward pass."""
+"""Tokens up to which bfloat16 attention on a CPU keeps its weights for the backward
+pass.
+"""
 
 
 class ShortSharedAttention(torch.autograd.Function):
-    r"""Attention with one shared projection that keeps its weights, with its gradient in closed form,
+    r"""Attention with one shared projection that keeps its weights, with its gradient
+    in closed form,
 
     .. math:: O = A V, \quad A = \mathrm{softmax}(\alpha V V^\top), \qquad
               \nabla_V = A^\top G + \alpha\,(S + S^\top) V, \quad
               S = A \odot \big(G V^\top - (G V^\top \odot A)\,\mathbf{1}\mathbf{1}^\top\big),
 
-    for a gradient G of the output.  Six matrix products in all.  PyTorch's fused attention on a CPU stores no weights,
-    but its backward pass in bfloat16 is many times slower than these products; for few tokens the weights are small.
+    for a gradient G of the output.  Six matrix products in all.  PyTorch's fused
+    attention on a CPU stores no weights, but its backward pass in bfloat16 is many
+    times slower than these products; for few tokens the weights are small.
 
     Book: :ref:`ch-cost`.
     """
@@ -64,17 +72,22 @@ class ShortSharedAttention(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         v, weights = ctx.saved_tensors
         to_weights = torch.bmm(gradient, v.mT)
-        to_scores = weights * (to_weights - (to_weights * weights).sum(-1, keepdim=True))
+        to_scores = weights * (
+            to_weights - (to_weights * weights).sum(-1, keepdim=True)
+        )
         to_values = torch.bmm(weights.mT, gradient)
-        return torch.baddbmm(to_values, to_scores + to_scores.mT, v, alpha=ctx.scale), None
+        return torch.baddbmm(
+            to_values, to_scores + to_scores.mT, v, alpha=ctx.scale
+        ), None
 
 
 def attend(v: Heads, scale: float, values: Heads | None = None) -> Heads:
-    r"""Self-attention with one shared projection as query, key and value, :math:`A_k V_k` as rows.
+    r"""Self-attention with one shared projection as query, key and value, :math:`A_k
+    V_k` as rows.
 
-    Equal to ``attention_weights(v, scale) @ v``, or ``@ values`` where these are given.  Where PyTorch has a fused
-    kernel (always on a CPU) the n x n weights are not stored, and memory grows linearly in n; the exception is
-    :class:`ShortSharedAttention`.
+    Equal to ``attention_weights(v, scale) @ v``, or ``@ values`` where these are given.
+    Where PyTorch has a fused kernel (always on a CPU) the n x n weights are not stored,
+    and memory grows linearly in n; the exception is :class:`ShortSharedAttention`.
 
     Parameters
     ----------
@@ -91,15 +104,24 @@ def attend(v: Heads, scale: float, values: Heads | None = None) -> Heads:
 
     Book: :ref:`ch-attention`, :prf:ref:`thm-attention-gate`.
     """
-    flat = v.reshape(math.prod(v.shape[:-3]), *v.shape[-3:])  # the kernels that store no weights take one batch axis
+    # the kernels that store no weights take one batch axis
+    flat = v.reshape(math.prod(v.shape[:-3]), *v.shape[-3:])
     averaged = flat if values is None else values.reshape(flat.shape)
-    short = v.shape[-2] <= SHORT_ATTENTION and v.dtype == torch.bfloat16 and v.device.type == "cpu"
+    short = (
+        v.shape[-2] <= SHORT_ATTENTION
+        and v.dtype == torch.bfloat16
+        and v.device.type == "cpu"
+    )
     if short and values is None and torch.is_grad_enabled():
         return ShortSharedAttention.apply(flat.flatten(0, 1), scale).reshape(v.shape)
-    return F.scaled_dot_product_attention(flat, flat, averaged, scale=scale).reshape(v.shape)
+    return F.scaled_dot_product_attention(flat, flat, averaged, scale=scale).reshape(
+        v.shape
+    )
 
 
-def mssa(z: Tokens, bases: Bases, *, scale: float = 1.0, eps: float | None = None) -> Tokens:
+def mssa(
+    z: Tokens, bases: Bases, *, scale: float = 1.0, eps: float | None = None
+) -> Tokens:
     r"""Multi-head subspace self-attention
 
     .. math:: \mathrm{MSSA}(Z \mid U_{[K]}) = \beta \sum_k U_k\, (U_k^\top Z)\,
@@ -112,9 +134,8 @@ def mssa(z: Tokens, bases: Bases, *, scale: float = 1.0, eps: float | None = Non
         Tokens as rows.
     bases : tensor (K, d, p)
         Orthonormal or not.
-    scale : float
-        The factor alpha of the inner products; 1 is the literal formula, 1/sqrt(p) what trained models use on
-        LayerNormed tokens.
+    scale : float The factor alpha of the inner products; 1 is the literal formula,
+        1/sqrt(p) what trained models use on LayerNormed tokens.
     eps : float, optional
         Coding precision, > 0; ``None`` sets beta to 1, the attention operator alone.
 
@@ -145,8 +166,8 @@ def exact_mssa(z: Tokens, bases: Bases, eps: float) -> Tokens:
     .. math:: \beta \sum_k U_k V_k\, \beta G_k (I + \beta G_k)^{-1}
               = \beta \sum_k U_k V_k - \nabla R^c(Z), \qquad V_k = U_k^\top Z,\; G_k = V_k^\top V_k.
 
-    Each column of :math:`\beta G_k (I+\beta G_k)^{-1}` predicts a token from all tokens by ridge regression; softmax
-    attention replaces these weights.
+    Each column of :math:`\beta G_k (I+\beta G_k)^{-1}` predicts a token from all tokens
+    by ridge regression; softmax attention replaces these weights.
 
     Parameters
     ----------
@@ -178,7 +199,15 @@ def exact_mssa(z: Tokens, bases: Bases, eps: float) -> Tokens:
     return beta * (v @ bases.mT).sum(-3) - subspace_coding_rate_grad(z, bases, eps)
 
 
-def mssa_step(z: Tokens, bases: Bases, eps: float, kappa: float, *, scale: float = 1.0, exact: bool = False) -> Tokens:
+def mssa_step(
+    z: Tokens,
+    bases: Bases,
+    eps: float,
+    kappa: float,
+    *,
+    scale: float = 1.0,
+    exact: bool = False,
+) -> Tokens:
     r"""One unrolled compression step
 
     .. math:: Z' = (1 - \kappa\beta)\, Z + \kappa\, \mathrm{MSSA}(Z \mid U_{[K]}).
@@ -195,10 +224,11 @@ def mssa_step(z: Tokens, bases: Bases, eps: float, kappa: float, *, scale: float
         Step size.
     scale : float
         The factor alpha of the inner products in :func:`mssa`.
-    exact : bool
-        Put :func:`exact_mssa` in the place of softmax attention (``scale`` then has no effect).  If the subspaces fill
-        the space, :math:`\sum_k U_k U_k^\top = I`, that is the gradient step :math:`Z - \kappa \nabla R^c(Z)`;
-        otherwise the part outside them is multiplied by :math:`1 - \kappa\beta` besides.
+    exact : bool Put :func:`exact_mssa` in the place of softmax attention (``scale``
+        then has no effect).  If the subspaces fill the space, :math:`\sum_k U_k
+        U_k^\top = I`, that is the gradient step :math:`Z - \kappa \nabla R^c(Z)`;
+        otherwise the part outside them is multiplied by :math:`1 - \kappa\beta`
+        besides.
 
     Returns
     -------
@@ -211,7 +241,9 @@ def mssa_step(z: Tokens, bases: Bases, eps: float, kappa: float, *, scale: float
 
     Book: :ref:`ch-attention`, :prf:ref:`def-attention-exact`.
     """
-    attended = exact_mssa(z, bases, eps) if exact else mssa(z, bases, scale=scale, eps=eps)
+    attended = (
+        exact_mssa(z, bases, eps) if exact else mssa(z, bases, scale=scale, eps=eps)
+    )
     beta = subspace_beta(z.shape[-2], bases.shape[-1], eps)
     return (1 - kappa * beta) * z + kappa * attended
 
@@ -222,9 +254,10 @@ class MSSA(nn.Module):
     .. math:: \mathrm{MSSA}(Z) = W_o \begin{bmatrix} V_1 A_1 \\ \vdots \\ V_K A_K \end{bmatrix} + b_o, \qquad
               V_k = U_k^\top Z, \quad A_k = \mathrm{softmax}\big(V_k^\top V_k / \sqrt{p}\big).
 
-    One projection serves as query, key and value (``project``, no bias).  It differs from :func:`mssa` by the learned
-    output projection with bias in the place of :math:`[U_1 \dots U_K]`, by the scale 1/sqrt(p), and by
-    :math:`\beta = 1`; nothing keeps the learned bases orthonormal.  It has :math:`2d^2 + d` parameters.
+    One projection serves as query, key and value (``project``, no bias).  It differs
+    from :func:`mssa` by the learned output projection with bias in the place of
+    :math:`[U_1 \dots U_K]`, by the scale 1/sqrt(p), and by :math:`\beta = 1`; nothing
+    keeps the learned bases orthonormal.  It has :math:`2d^2 + d` parameters.
 
     Parameters
     ----------
@@ -232,9 +265,8 @@ class MSSA(nn.Module):
         Token dimension d.
     heads : int
         Number of subspaces K; must divide dim, p = d / K.
-    separate_values : bool
-        Ablation: average :math:`W_v Z`, a projection of its own (``values``, d^2 parameters more), in the place of
-        :math:`V_k`.
+    separate_values : bool Ablation: average :math:`W_v Z`, a projection of its own
+        (``values``, d^2 parameters more), in the place of :math:`V_k`.
 
     Raises
     ------
@@ -261,11 +293,15 @@ class MSSA(nn.Module):
 
     @property
     def bases(self) -> Bases:
-        """The learned U_k, (K, d, p), not orthonormal in general.  Book: :ref:`ch-attention`."""
+        """The learned U_k, (K, d, p), not orthonormal in general.  Book:
+        :ref:`ch-attention`.
+        """
         return self.project.weight.unflatten(0, (self.heads, -1)).mT
 
     def head_coordinates(self, z: Tokens) -> Heads:
-        r"""Coordinates :math:`V_k = U_k^\top Z` as rows, (..., K, n, p).  Book: :ref:`ch-attention`."""
+        r"""Coordinates :math:`V_k = U_k^\top Z` as rows, (..., K, n, p).  Book:
+        :ref:`ch-attention`.
+        """
         return self.split_heads(self.project(z))
 
     def split_heads(self, z: Tokens) -> Heads:
@@ -273,11 +309,14 @@ class MSSA(nn.Module):
         return z.unflatten(-1, (self.heads, -1)).transpose(-3, -2)
 
     def weights(self, z: Tokens) -> AttentionWeights:
-        """The weights (..., K, n, n) that ``forward`` does not store.  Book: :ref:`ch-attention`."""
+        """The weights (..., K, n, n) that ``forward`` does not store.  Book:
+        :ref:`ch-attention`.
+        """
         return attention_weights(self.head_coordinates(z), self.scale)
 
     def forward(self, z: Tokens) -> Tokens:
         """Tokens (..., n, d) to tokens (..., n, d).  Book: :ref:`ch-attention`."""
         values = None if self.values is None else self.split_heads(self.values(z))
-        attended = attend(self.head_coordinates(z), self.scale, values)  # (..., K, n, p)
+        # (..., K, n, p)
+        attended = attend(self.head_coordinates(z), self.scale, values)
         return self.output(attended.transpose(-3, -2).flatten(-2))

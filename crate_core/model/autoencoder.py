@@ -1,8 +1,10 @@
-r"""The frame of every masked autoencoder here: patches, masks, positions, loss, pictures, saving and loading.
+r"""The frame of every masked autoencoder here: patches, masks, positions, loss,
+pictures, saving and loading.
 
-A model is a frame with an encoder and a decoder in it.  :class:`crate_core.model.crate.CrateMAE` puts the paper's layers
-there, :class:`crate_core.model.vit.ViTMAE` those of a vision transformer, so that a comparison of the two compares
-layers and nothing else.
+A model is a frame with an encoder and a decoder in it.
+:class:`crate_core.model.crate.CrateMAE` puts the paper's layers there,
+:class:`crate_core.model.vit.ViTMAE` those of a vision transformer, so that a comparison
+of the two compares layers and nothing else.
 
 Book: :ref:`ch-crate-mae`.
 """
@@ -26,14 +28,23 @@ from crate_core.model.patches import (
     unpatchify,
 )
 from crate_core.model.saved import SavedModel
-from crate_core.shapes import AttentionWeights, Images, Patches, PatchNoise, PatchOrder, Tokens
+from crate_core.shapes import (
+    AttentionWeights,
+    Images,
+    Patches,
+    PatchNoise,
+    PatchOrder,
+    Tokens,
+)
 
 END_NORM_EPS = 1e-6
 """Added to the variance in the LayerNorms after the encoder and after the decoder."""
 
 
 class FrameLayer(Protocol):
-    """An encoder layer: maps tokens (B, n, d), and can tell its attention weights (B, K, n, n)."""
+    """An encoder layer: maps tokens (B, n, d), and can tell its attention weights (B,
+    K, n, n).
+    """
 
     def __call__(self, x: Tokens) -> Tokens: ...
 
@@ -49,7 +60,8 @@ class MaskedAutoencoder(SavedModel):
         X^{\ell+1} = \mathrm{Enc}^\ell(X^\ell), \qquad
         Y^0 = \mathrm{enter}(\mathrm{LN}(X^L)), \qquad Y^{\ell+1} = \mathrm{Dec}^\ell(Y^\ell),
 
-    with predictions :math:`W\,\mathrm{LN}(Y^M) + b` and the mean squared error over the removed patches as loss.
+    with predictions :math:`W\,\mathrm{LN}(Y^M) + b` and the mean squared error over the
+    removed patches as loss.
 
     Parameters
     ----------
@@ -63,15 +75,23 @@ class MaskedAutoencoder(SavedModel):
     positions: Tensor
 
     def __init__(
-        self, config: FrameConfig, encoder: Iterable[nn.Module], decoder: Iterable[nn.Module], decoder_dim: int
+        self,
+        config: FrameConfig,
+        encoder: Iterable[nn.Module],
+        decoder: Iterable[nn.Module],
+        decoder_dim: int,
     ) -> None:
         super().__init__()
         self.config = config
         patch_pixels = config.patch_size**2 * config.channels
         self.patch_embedding = nn.Linear(patch_pixels, config.dim)
         self.class_token = nn.Parameter(torch.empty(1, 1, config.dim))
-        self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_dim if config.encode_visible_only else config.dim))
-        self.register_buffer("positions", sincos_positions(config.dim, config.grid), persistent=False)
+        self.mask_token = nn.Parameter(
+            torch.empty(1, 1, decoder_dim if config.encode_visible_only else config.dim)
+        )
+        self.register_buffer(
+            "positions", sincos_positions(config.dim, config.grid), persistent=False
+        )
         self.encoder = nn.ModuleList(encoder)
         self.encoder_norm = nn.LayerNorm(config.dim, eps=END_NORM_EPS)
         self.decoder = nn.ModuleList(decoder)
@@ -81,7 +101,8 @@ class MaskedAutoencoder(SavedModel):
         nn.init.normal_(self.mask_token, std=0.02)
 
     def standardize(self, images: Tensor) -> Images:
-        """Pixels, uint8 in 0..255 or floating point in [0, 1], to model units: (x - mean) / std per channel.
+        """Pixels, uint8 in 0..255 or floating point in [0, 1], to model units: (x -
+        mean) / std per channel.
 
         Raises ``ValueError`` for any other dtype or the wrong number of channels.
         """
@@ -92,70 +113,110 @@ class MaskedAutoencoder(SavedModel):
         return (images - mean) / std
 
     def unstandardize(self, images: Images) -> Images:
-        """Model units back to [0, 1] pixels (predictions can fall outside): x * std + mean per channel."""
+        """Model units back to [0, 1] pixels (predictions can fall outside): x * std +
+        mean per channel.
+        """
         self._check_images(images)
         mean, std = self._pixel_statistics(images)
         return images * std + mean
 
     def _pixel_statistics(self, images: Tensor) -> tuple[Tensor, Tensor]:
         mean, std = (
-            torch.tensor(values, dtype=images.dtype, device=images.device)[:, None, None]
+            torch.tensor(values, dtype=images.dtype, device=images.device)[
+                :, None, None
+            ]
             for values in (self.config.pixel_mean, self.config.pixel_std)
         )
         return mean, std
 
     def _check_images(self, images: Tensor) -> tuple[int, int]:
-        """The patch grid of the images; ``ValueError`` names what is wrong with them."""
+        """The patch grid of the images; ``ValueError`` names what is wrong with them.
+        """
         channels = self.config.channels
         if images.ndim != 4 or images.shape[1] != channels:
-            raise ValueError(f"images must be (B, {channels}, H, W), got {tuple(images.shape)}")
+            raise ValueError(
+                f"images must be (B, {channels}, H, W), got {tuple(images.shape)}"
+            )
         if not images.is_floating_point():
-            raise ValueError(f"images must be floating point, got {images.dtype}; model.standardize() takes uint8")
+            raise ValueError(
+                f"images must be floating point, got {images.dtype}; model.standardize() takes uint8"
+            )
         return patch_grid(images.shape[2], images.shape[3], self.config.patch_size)
 
     def _check_input(self, images: Tensor) -> tuple[int, int]:
-        """The patch grid of images in model units; ``ValueError`` also if their dtype is not the weights'."""
+        """The patch grid of images in model units; ``ValueError`` also if their dtype
+        is not the weights'.
+        """
         grid = self._check_images(images)
         own = self.positions.dtype
         if images.dtype != own and not torch.is_autocast_enabled(images.device.type):
-            raise ValueError(f"images must be {own} like the weights, got {images.dtype}; convert with images.to(...)")
+            raise ValueError(
+                f"images must be {own} like the weights, got {images.dtype}; convert with images.to(...)"
+            )
         return grid
 
     def position_table(self, grid: tuple[int, int]) -> Tensor:
-        """Positions (1 + L, d) for any grid: the fixed table at the configured size, rescaled coordinates elsewhere."""
+        """Positions (1 + L, d) for any grid: the fixed table at the configured size,
+        rescaled coordinates elsewhere.
+        """
         if grid == self.config.grid:
             return self.positions
-        return sincos_positions(self.config.dim, grid, self.config.grid).to(self.positions)
+        return sincos_positions(self.config.dim, grid, self.config.grid).to(
+            self.positions
+        )
 
     def with_class_token(self, tokens: Tokens) -> Tensor:
         """Put the class token first, (B, L, d) to (B, L + 1, d)."""
-        return torch.cat([self.class_token.to(tokens.dtype).expand(tokens.shape[0], -1, -1), tokens], dim=1)
+        return torch.cat(
+            [self.class_token.to(tokens.dtype).expand(tokens.shape[0], -1, -1), tokens],
+            dim=1,
+        )
 
-    def enter_decoder(self, y: Tokens, ids_restore: PatchOrder, grid: tuple[int, int]) -> Tensor:
-        """What the decoder starts from: the encoder's tokens; with visible ones only, mask tokens put in their places
-        and positions added again.
+    def enter_decoder(
+        self, y: Tokens, ids_restore: PatchOrder, grid: tuple[int, int]
+    ) -> Tensor:
+        """What the decoder starts from: the encoder's tokens; with visible ones only,
+        mask tokens put in their places and positions added again.
         """
-        return y if not self.config.encode_visible_only else self.restore(y, ids_restore) + self.position_table(grid)
+        return (
+            y
+            if not self.config.encode_visible_only
+            else self.restore(y, ids_restore) + self.position_table(grid)
+        )
 
     def restore(self, y: Tokens, ids_restore: PatchOrder) -> Tensor:
-        """Class and visible tokens (B, 1 + L', d) to all tokens (B, 1 + L, d), mask tokens where none was encoded."""
-        return torch.cat([y[:, :1], restore_tokens(y[:, 1:], self.mask_token, ids_restore)], dim=1)
+        """Class and visible tokens (B, 1 + L', d) to all tokens (B, 1 + L, d), mask
+        tokens where none was encoded.
+        """
+        return torch.cat(
+            [y[:, :1], restore_tokens(y[:, 1:], self.mask_token, ids_restore)], dim=1
+        )
 
     def targets(self, images: Images) -> Patches:
-        """The patches (B, L, P*P*C) that the model learns to predict: pixels, standardised per patch if so set."""
+        """The patches (B, L, P*P*C) that the model learns to predict: pixels,
+        standardised per patch if so set.
+        """
         patches = patchify(images, self.config.patch_size)
-        return normalize_patches(patches).normalized if self.config.normalize_targets else patches
+        return (
+            normalize_patches(patches).normalized
+            if self.config.normalize_targets
+            else patches
+        )
 
     def embed(self, images: Images) -> Tensor:
-        """What the encoder starts from for whole images, (B, 1 + L, d): class token and patches, positions added."""
+        """What the encoder starts from for whole images, (B, 1 + L, d): class token and
+        patches, positions added.
+        """
         grid = self._check_input(images)
         embedded = self.patch_embedding(patchify(images, self.config.patch_size))
         return self.with_class_token(embedded) + self.position_table(grid)
 
     def forward_features(self, images: Images) -> Tokens:
-        """Encoder output (B, 1 + L, d) of whole images, nothing masked; the class token comes first.
+        """Encoder output (B, 1 + L, d) of whole images, nothing masked; the class token
+        comes first.
 
-        Raises ``ValueError`` for images of the wrong shape, size or dtype.  Book: :ref:`ch-crate-mae`.
+        Raises ``ValueError`` for images of the wrong shape, size or dtype.  Book:
+        :ref:`ch-crate-mae`.
         """
         x = self.embed(images)
         for layer in self.encoder:
@@ -172,15 +233,19 @@ class MaskedAutoencoder(SavedModel):
         output_fmt: Literal["NCHW", "NLC"] = "NCHW",
         intermediates_only: bool = False,
     ) -> Any:
-        """Outputs of chosen encoder layers for whole images, as timm's models return them.
+        """Outputs of chosen encoder layers for whole images, as timm's models return
+        them.
 
         Parameters
         ----------
         images : (B, C, H, W) in model units.
-        indices : the last n layers, or these layers (negative ones count from the end); all if ``None``.
-        return_prefix_tokens : give pairs (patch tokens, class token (B, 1, d)) in place of patch tokens.
+        indices : the last n layers, or these layers (negative ones count from the end);
+            all if ``None``.
+        return_prefix_tokens : give pairs (patch tokens, class token (B, 1, d)) in place
+            of patch tokens.
         norm : apply the LayerNorm after the encoder to each.
-        stop_early : leave out layers after the last chosen one; the encoder output is then that layer's.
+        stop_early : leave out layers after the last chosen one; the encoder output is
+            then that layer's.
         output_fmt : ``NCHW``, maps (B, d, rows, columns); or ``NLC``, tokens (B, L, d).
         intermediates_only : return the list alone.
 
@@ -207,14 +272,26 @@ class MaskedAutoencoder(SavedModel):
             x = layer(x)
             if i in chosen:
                 y = self.encoder_norm(x) if norm else x
-                patches = y[:, 1:].mT.unflatten(-1, grid).contiguous() if output_fmt == "NCHW" else y[:, 1:]
+                patches = (
+                    y[:, 1:].mT.unflatten(-1, grid).contiguous()
+                    if output_fmt == "NCHW"
+                    else y[:, 1:]
+                )
                 found.append((patches, y[:, :1]) if return_prefix_tokens else patches)
         return found if intermediates_only else (self.encoder_norm(x), found)
 
     def _layer_indices(self, indices: int | Sequence[int] | None) -> set[int]:
-        """Encoder layers by number from 0; ``ValueError`` names one that does not exist."""
+        """Encoder layers by number from 0; ``ValueError`` names one that does not
+        exist.
+        """
         depth = len(self.encoder)
-        wanted = range(depth) if indices is None else range(-indices, 0) if isinstance(indices, int) else indices
+        wanted = (
+            range(depth)
+            if indices is None
+            else range(-indices, 0)
+            if isinstance(indices, int)
+            else indices
+        )
         odd = [i for i in wanted if not -depth <= i < depth]
         if odd or not wanted:
             raise ValueError(
@@ -234,11 +311,15 @@ class MaskedAutoencoder(SavedModel):
 
         Parameters
         ----------
-        images : (B, C, H, W) in model units (see :meth:`standardize`), H and W multiples of the patch size.
+        images : (B, C, H, W) in model units (see :meth:`standardize`), H and W
+            multiples of the patch size.
         mask_ratio : share of patches to remove, in [0, 1).
-        noise : (B, L) in [0, 1), fixes the mask: the lowest values stay visible.  Drawn afresh if ``None``.
-        output_hidden_states : also return the tokens between layers, of the encoder and of the decoder.
-        output_attentions : also return the encoder's attention weights; this stores n x n numbers a head.
+        noise : (B, L) in [0, 1), fixes the mask: the lowest values stay visible.  Drawn
+            afresh if ``None``.
+        output_hidden_states : also return the tokens between layers, of the encoder and
+            of the decoder.
+        output_attentions : also return the encoder's attention weights; this stores n x
+            n numbers a head.
 
         Raises
         ------
@@ -252,7 +333,9 @@ class MaskedAutoencoder(SavedModel):
         if noise is None:
             noise = torch.rand(batch, length, device=images.device)
         elif noise.shape != (batch, length):
-            raise ValueError(f"noise must be ({batch}, {length}), one number a patch, got {tuple(noise.shape)}")
+            raise ValueError(
+                f"noise must be ({batch}, {length}), one number a patch, got {tuple(noise.shape)}"
+            )
         masking = random_masking(noise, mask_ratio)
         mask = masking.mask.to(images.dtype)
         positions = self.position_table(grid)
@@ -262,7 +345,9 @@ class MaskedAutoencoder(SavedModel):
             visible = gather_tokens(embedded + positions[1:], masking.ids_keep)
             x = self.with_class_token(visible)
         else:
-            filled = torch.where(mask[..., None] > 0, self.mask_token.to(embedded.dtype), embedded)
+            filled = torch.where(
+                mask[..., None] > 0, self.mask_token.to(embedded.dtype), embedded
+            )
             x = self.with_class_token(filled) + positions
 
         hidden_states, decoder_hidden_states, attentions = [x], [], []
@@ -288,15 +373,20 @@ class MaskedAutoencoder(SavedModel):
             ids_restore=masking.ids_restore,
             hidden_states=tuple(hidden_states) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
-            decoder_hidden_states=tuple(decoder_hidden_states) if output_hidden_states else None,
+            decoder_hidden_states=tuple(decoder_hidden_states)
+            if output_hidden_states
+            else None,
         )
 
     @torch.no_grad()
-    def reconstruct(self, images: Images, mask_ratio: float = 0.75, noise: PatchNoise | None = None) -> Reconstruction:
+    def reconstruct(
+        self, images: Images, mask_ratio: float = 0.75, noise: PatchNoise | None = None
+    ) -> Reconstruction:
         """Mask images and fill them in; pictures come back in the units of the input.
 
-        With ``normalize_targets`` the model predicts standardised patches; they are put back on the mean and variance
-        of the *original* patches, which only someone who has the originals can do.
+        With ``normalize_targets`` the model predicts standardised patches; they are put
+        back on the mean and variance of the *original* patches, which only someone who
+        has the originals can do.
 
         Raises ``ValueError`` as ``forward`` does.  Book: :ref:`ch-crate-mae`.
         """
@@ -311,6 +401,10 @@ class MaskedAutoencoder(SavedModel):
         return Reconstruction(
             masked=unpatchify(originals.masked_fill(removed, 0.0), size, grid),
             predicted=unpatchify(predicted, size, grid),
-            pasted=unpatchify(torch.where(removed, predicted.to(originals.dtype), originals), size, grid),
+            pasted=unpatchify(
+                torch.where(removed, predicted.to(originals.dtype), originals),
+                size,
+                grid,
+            ),
             mask=out.mask,
         )

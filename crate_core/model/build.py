@@ -27,16 +27,19 @@ def build_model(config: FrameConfig) -> MaskedAutoencoder:
 
 
 def load_model(name: str | Path) -> MaskedAutoencoder:
-    """A saved model of either architecture, from a directory, a bundled name or a Hugging Face Hub id.
+    """A saved model of either architecture, from a directory, a bundled name or a
+    Hugging Face Hub id.
 
     Raises
     ------
     FileNotFoundError
         If it is none of these, or a file is missing.
-    ValueError
-        If the directory holds another architecture or the weights do not fit the configuration.
+    ValueError If the directory holds another architecture or the weights do not fit the
+        configuration.
 
     Book: :ref:`ch-comparison`.
     """
     directory = resolve_directory(name)
-    return architecture(config_from_dict(read_config(directory))).from_pretrained(directory)
+    return architecture(config_from_dict(read_config(directory))).from_pretrained(
+        directory
+    )

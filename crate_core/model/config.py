@@ -34,7 +34,9 @@ class FrameConfig:
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     image_size: int | tuple[int, int] = 224
-    """Height and width in pixels that fix the position table; other sizes are accepted by the model."""
+    """Height and width in pixels that fix the position table; other sizes are accepted
+    by the model.
+    """
     patch_size: int = 16
     """Side of a square patch in pixels; divides the image's height and width."""
     channels: int = 3
@@ -46,11 +48,17 @@ class FrameConfig:
     heads: int = 12
     """Attention heads (subspaces K); divides dim."""
     normalize_targets: bool = False
-    """Predict each patch standardised by its own mean and variance (MAE's normalised-pixel targets)."""
+    """Predict each patch standardised by its own mean and variance (MAE's
+    normalised-pixel targets).
+    """
     encode_visible_only: bool = False
-    """The encoder sees visible patches only, as in MAE; mask tokens enter at the decoder."""
+    """The encoder sees visible patches only, as in MAE; mask tokens enter at the
+    decoder.
+    """
     pixel_mean: tuple[float, ...] | None = None
-    """Mean of [0, 1] pixels per channel; ``None`` takes ImageNet's (their average unless there are 3 channels)."""
+    """Mean of [0, 1] pixels per channel; ``None`` takes ImageNet's (their average
+    unless there are 3 channels).
+    """
     pixel_std: tuple[float, ...] | None = None
     """Standard deviation of [0, 1] pixels per channel; ``None`` as for the mean."""
 
@@ -58,21 +66,42 @@ class FrameConfig:
         for name in ("patch_size", "channels", "dim", "depth", "heads"):
             self.require_positive(name)
         size = self.image_size
-        sides = (size,) * 2 if isinstance(size, int) else size if isinstance(size, tuple) else ()
+        sides = (
+            (size,) * 2
+            if isinstance(size, int)
+            else size
+            if isinstance(size, tuple)
+            else ()
+        )
         if len(sides) != 2 or not all(isinstance(side, int) for side in sides):
-            raise ValueError(f"image_size must be an integer or two (height, width), got {size!r}")
+            raise ValueError(
+                f"image_size must be an integer or two (height, width), got {size!r}"
+            )
         object.__setattr__(self, "image_size", size if isinstance(size, int) else sides)
         patch_grid(sides[0], sides[1], self.patch_size)
         if self.normalize_targets and self.patch_size**2 * self.channels < 2:
-            raise ValueError("normalize_targets needs patches of more than one number: a single one has no variance")
+            raise ValueError(
+                "normalize_targets needs patches of more than one number: a single one has no variance"
+            )
         if self.dim % self.heads or self.dim % 4:
-            raise ValueError(f"dim must be a multiple of heads and of four, got dim={self.dim}, heads={self.heads}")
-        for name, imagenet in (("pixel_mean", IMAGENET_MEAN), ("pixel_std", IMAGENET_STD)):
+            raise ValueError(
+                f"dim must be a multiple of heads and of four, got dim={self.dim}, heads={self.heads}"
+            )
+        for name, imagenet in (
+            ("pixel_mean", IMAGENET_MEAN),
+            ("pixel_std", IMAGENET_STD),
+        ):
             given = getattr(self, name)
             if given is None:
-                given = imagenet if self.channels == 3 else (sum(imagenet) / 3,) * self.channels
+                given = (
+                    imagenet
+                    if self.channels == 3
+                    else (sum(imagenet) / 3,) * self.channels
+                )
             if len(given) != self.channels:
-                raise ValueError(f"{name} needs one number for each of {self.channels} channels, got {given!r}")
+                raise ValueError(
+                    f"{name} needs one number for each of {self.channels} channels, got {given!r}"
+                )
             if name == "pixel_std" and min(given) <= 0:
                 raise ValueError(f"pixel_std must be positive, got {given!r}")
             object.__setattr__(self, name, tuple(float(value) for value in given))
@@ -87,22 +116,32 @@ class FrameConfig:
     def preset(cls: type[Config], name: str, **overrides: Any) -> Config:
         """A named size; ``ValueError`` for an unknown name or field."""
         if name not in cls.presets:
-            raise ValueError(f"unknown preset {name!r}, accepted: {', '.join(cls.presets)}")
+            raise ValueError(
+                f"unknown preset {name!r}, accepted: {', '.join(cls.presets)}"
+            )
         return cls.from_dict({**cls.presets[name], **overrides})
 
     @classmethod
     def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
-        """The configuration with these fields; ``ValueError`` names unknown ones, or another architecture."""
+        """The configuration with these fields; ``ValueError`` names unknown ones, or
+        another architecture.
+        """
         found = values.get("model_type", cls.model_type)
         if found != cls.model_type:
-            raise ValueError(f"this is the configuration of a model of type {found!r}, accepted: {cls.model_type!r}")
+            raise ValueError(
+                f"this is the configuration of a model of type {found!r}, accepted: {cls.model_type!r}"
+            )
         known = {field.name for field in fields(cls)}
         unknown = sorted(values.keys() - known - {"model_type"})
         if unknown:
-            raise ValueError(f"unknown configuration fields {unknown}, accepted: {sorted(known)}")
+            raise ValueError(
+                f"unknown configuration fields {unknown}, accepted: {sorted(known)}"
+            )
         # JSON has lists where the configuration has tuples.
         given: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k != "model_type"
+            k: tuple(v) if isinstance(v, list) else v
+            for k, v in values.items()
+            if k != "model_type"
         }
         return cls(**given)
 
@@ -113,16 +152,22 @@ class FrameConfig:
     @property
     def grid(self) -> tuple[int, int]:
         """Patches down and across at the configured image size."""
-        height, width = (self.image_size,) * 2 if isinstance(self.image_size, int) else self.image_size
+        height, width = (
+            (self.image_size,) * 2
+            if isinstance(self.image_size, int)
+            else self.image_size
+        )
         return patch_grid(height, width, self.patch_size)
 
 
 @dataclass(frozen=True)
 class CrateMAEConfig(FrameConfig):
-    """Sizes and constants of a CRATE-MAE; the decoder is as deep as the encoder unless said otherwise.
+    """Sizes and constants of a CRATE-MAE; the decoder is as deep as the encoder unless
+    said otherwise.
 
-    Named sizes: "tiny", "small", "base", "large" as published; "digits", "cifar10", "cifar10-tiny" for small pictures.
-    The last four fields are for ablations: with their defaults the model is the published one.
+    Named sizes: "tiny", "small", "base", "large" as published; "digits", "cifar10",
+    "cifar10-tiny" for small pictures. The last four fields are for ablations: with
+    their defaults the model is the published one.
 
     Raises
     ------
@@ -139,14 +184,19 @@ class CrateMAEConfig(FrameConfig):
     lambd: float = 0.5
     """Weight lambda of the l1 penalty in ISTA."""
     decoder_depth: int | None = None
-    """Decoder layers; ``None`` takes as many as the encoder has, one for each to invert."""
+    """Decoder layers; ``None`` takes as many as the encoder has, one for each to
+    invert.
+    """
     separate_values: bool = False
-    """Ablation: a value projection of its own in attention, where the paper shares one with queries and keys."""
+    """Ablation: a value projection of its own in attention, where the paper shares one
+    with queries and keys.
+    """
     norm: Norm = "layer"
     """Ablation: LayerNorm as published, RMSNorm, or no normalisation inside layers."""
     expansion: int = 1
-    """Ablation: above 1, ISTA is two steps on an over-complete dictionary of expansion * dim atoms, decoded by a
-    dictionary of its own onto a residual path (CRATE-alpha)."""
+    """Ablation: above 1, ISTA is two steps on an over-complete dictionary of expansion
+    * dim atoms, decoded by a dictionary of its own onto a residual path (CRATE-alpha).
+    """
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -155,7 +205,9 @@ class CrateMAEConfig(FrameConfig):
         if self.decoder_depth is not None:
             self.require_positive("decoder_depth")
         if self.norm not in get_args(Norm):
-            raise ValueError(f"norm must be one of {', '.join(get_args(Norm))}, got {self.norm!r}")
+            raise ValueError(
+                f"norm must be one of {', '.join(get_args(Norm))}, got {self.norm!r}"
+            )
 
     @property
     def decoder_layers(self) -> int:
@@ -167,8 +219,9 @@ class CrateMAEConfig(FrameConfig):
 class ViTMAEConfig(FrameConfig):
     """Sizes of a ViT-MAE in this project's frame.
 
-    Named sizes: "base" as the authors of CRATE-MAE compare with (143.8M), "mae-base" with MAE's own narrower decoder,
-    "base-matched" and "cifar10" with as many parameters as the CRATE-MAE of that size.
+    Named sizes: "base" as the authors of CRATE-MAE compare with (143.8M), "mae-base"
+    with MAE's own narrower decoder, "base-matched" and "cifar10" with as many
+    parameters as the CRATE-MAE of that size.
 
     Raises
     ------
@@ -181,7 +234,9 @@ class ViTMAEConfig(FrameConfig):
     model_type: ClassVar[str] = "vit-mae"
 
     encode_visible_only: bool = True
-    """The encoder sees visible patches only, as in MAE; otherwise all, as CRATE-MAE's does."""
+    """The encoder sees visible patches only, as in MAE; otherwise all, as CRATE-MAE's
+    does.
+    """
     decoder_dim: int = 768
     """Token dimension of the decoder, a multiple of four."""
     decoder_depth: int = 8
@@ -189,7 +244,9 @@ class ViTMAEConfig(FrameConfig):
     decoder_heads: int = 16
     """Attention heads of the decoder; divides decoder_dim."""
     mlp_ratio: float = 4.0
-    """Width of the hidden layer of each block's MLP, as a multiple of the token dimension."""
+    """Width of the hidden layer of each block's MLP, as a multiple of the token
+    dimension.
+    """
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -233,14 +290,37 @@ PRESETS["cifar10-tiny"] = {**PRESETS["cifar10"], "dim": 128, "depth": 4, "heads"
 """Named sizes of CRATE-MAE."""
 
 VIT_PRESETS: dict[str, dict[str, Any]] = {
-    # Width 768 in the decoder too, which makes the 143.8M parameters that the authors report.
-    "base": {"dim": 768, "depth": 12, "heads": 12, "decoder_dim": 768, "decoder_depth": 8, "decoder_heads": 16},
+    # Width 768 in the decoder too, which makes the 143.8M parameters that the authors
+    # report.
+    "base": {
+        "dim": 768,
+        "depth": 12,
+        "heads": 12,
+        "decoder_dim": 768,
+        "decoder_depth": 8,
+        "decoder_heads": 16,
+    },
     # He et al.'s own decoder: 111.7M trainable parameters.
-    "mae-base": {"dim": 768, "depth": 12, "heads": 12, "decoder_dim": 512, "decoder_depth": 8, "decoder_heads": 16},
-    # As many parameters as CRATE-MAE base, 43.7M, within 2 %: fewer blocks in the proportion of MAE's.
-    "base-matched": {"dim": 768, "depth": 4, "heads": 12, "decoder_dim": 768, "decoder_depth": 2, "decoder_heads": 12},
-    # As many parameters as CRATE-MAE's presets of these names, within 2 %: MAE's shape, a deep encoder and a narrower,
-    # shallow decoder.
+    "mae-base": {
+        "dim": 768,
+        "depth": 12,
+        "heads": 12,
+        "decoder_dim": 512,
+        "decoder_depth": 8,
+        "decoder_heads": 16,
+    },
+    # As many parameters as CRATE-MAE base, 43.7M, within 2 %: fewer blocks in the
+    # proportion of MAE's.
+    "base-matched": {
+        "dim": 768,
+        "depth": 4,
+        "heads": 12,
+        "decoder_dim": 768,
+        "decoder_depth": 2,
+        "decoder_heads": 12,
+    },
+    # As many parameters as CRATE-MAE's presets of these names, within 2 %: MAE's shape,
+    # a deep encoder and a narrower, shallow decoder.
     "cifar10": {
         **PRESETS["cifar10"],
         "dim": 144,
@@ -264,12 +344,16 @@ CrateMAEConfig.presets = PRESETS
 ViTMAEConfig.presets = VIT_PRESETS
 
 ModelConfig = CrateMAEConfig | ViTMAEConfig
-CONFIGS: Mapping[str, type[ModelConfig]] = {config.model_type: config for config in (CrateMAEConfig, ViTMAEConfig)}
+CONFIGS: Mapping[str, type[ModelConfig]] = {
+    config.model_type: config for config in (CrateMAEConfig, ViTMAEConfig)
+}
 """Configurations by what ``config.json`` says under ``model_type``."""
 
 
 def config_from_dict(values: Mapping[str, Any]) -> ModelConfig:
-    """The configuration of either architecture, told by ``model_type``; ``ValueError`` for another one."""
+    """The configuration of either architecture, told by ``model_type``; ``ValueError``
+    for another one.
+    """
     found = values.get("model_type", CrateMAEConfig.model_type)
     if found not in CONFIGS:
         raise ValueError(f"a model of type {found!r}, accepted: {', '.join(CONFIGS)}")

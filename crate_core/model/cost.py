@@ -1,7 +1,9 @@
-r"""What a CRATE-MAE costs, from its formulas: operations, numbers kept for the backward pass, bytes moved.
+r"""What a CRATE-MAE costs, from its formulas: operations, numbers kept for the backward
+pass, bytes moved.
 
-Counts are of multiplications and additions in matrix products (an m x k by k x n product has 2 m k n), which is what
-:func:`operation_counter` counts; element-wise work is counted in bytes.
+Counts are of multiplications and additions in matrix products (an m x k by k x n
+product has 2 m k n), which is what :func:`operation_counter` counts; element-wise work
+is counted in bytes.
 
 Book: :ref:`ch-cost`.
 """
@@ -10,7 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import (
+    FlopCounterMode,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
 
 from crate_core.model.config import CrateMAEConfig
 
@@ -25,7 +31,9 @@ class StepCost:
     forward: OperationCounts
     backward: OperationCounts
     recomputed: int
-    """Those of the backward pass that repeat a product of the forward pass instead of storing it."""
+    """Those of the backward pass that repeat a product of the forward pass instead of
+    storing it.
+    """
 
     @property
     def total(self) -> int:
@@ -34,14 +42,17 @@ class StepCost:
 
     @property
     def needed(self) -> int:
-        """All but the recomputed ones: what a share of a GPU's peak is usually counted from."""
+        """All but the recomputed ones: what a share of a GPU's peak is usually counted
+        from.
+        """
         return self.total - self.recomputed
 
 
 def operation_counter() -> FlopCounterMode:
     """PyTorch's counter of operations, which also counts fused attention on a CPU.
 
-    By itself it does so from torch 2.15 on only.  A context manager; ``get_total_flops()`` is the sum.
+    By itself it does so from torch 2.15 on only.  A context manager;
+    ``get_total_flops()`` is the sum.
 
     Book: :ref:`ch-cost`.
     """
@@ -49,7 +60,9 @@ def operation_counter() -> FlopCounterMode:
     def forward(query: Any, key: Any, value: Any, *rest: Any, **more: Any) -> int:
         return sdpa_flop_count(query, key, value)
 
-    def backward(gradient: Any, query: Any, key: Any, value: Any, *rest: Any, **more: Any) -> int:
+    def backward(
+        gradient: Any, query: Any, key: Any, value: Any, *rest: Any, **more: Any
+    ) -> int:
         return sdpa_backward_flop_count(gradient, query, key, value)
 
     aten = torch.ops.aten
@@ -63,19 +76,33 @@ def operation_counter() -> FlopCounterMode:
 
 
 def require_published(config: CrateMAEConfig) -> None:
-    """Raise ``ValueError`` for ablations that change a layer's products.  Book: :ref:`ch-cost`."""
+    """Raise ``ValueError`` for ablations that change a layer's products.  Book:
+    :ref:`ch-cost`.
+    """
     if config.expansion != 1 or config.separate_values:
-        raise ValueError("costs are counted for the published layers: expansion=1, separate_values=False")
+        raise ValueError(
+            "costs are counted for the published layers: expansion=1, separate_values=False"
+        )
 
 
-def token_counts(config: CrateMAEConfig, patches: int | None = None, mask_ratio: float = 0.75) -> tuple[int, int]:
-    """Tokens in the encoder and in the decoder, the class token included, for images of so many ``patches``."""
+def token_counts(
+    config: CrateMAEConfig, patches: int | None = None, mask_ratio: float = 0.75
+) -> tuple[int, int]:
+    """Tokens in the encoder and in the decoder, the class token included, for images of
+    so many ``patches``.
+    """
     length = config.grid[0] * config.grid[1] if patches is None else patches
-    return 1 + (int(length * (1 - mask_ratio)) if config.encode_visible_only else length), 1 + length
+    return 1 + (
+        int(length * (1 - mask_ratio)) if config.encode_visible_only else length
+    ), 1 + length
 
 
 def operations(
-    config: CrateMAEConfig, batch: int, patches: int | None = None, mask_ratio: float = 0.75, fused: bool = True
+    config: CrateMAEConfig,
+    batch: int,
+    patches: int | None = None,
+    mask_ratio: float = 0.75,
+    fused: bool = True,
 ) -> StepCost:
     r"""Operations of a training step on ``batch`` images, by part.
 
@@ -85,9 +112,10 @@ def operations(
               \mathrm{ISTA}\; 2 N d^2 + 2 d^3 \ \mathrm{(fused)} \ \mathrm{or}\ 6 N d^2, \qquad
               \mathrm{densify}\; 2 N d^2
 
-    a layer in the forward pass.  Backwards a linear map costs twice that (gradients of its input and of its weight; the
-    patch embedding once, images have no gradient), attention 5/2 of it (its weights are computed again, not stored;
-    1/2 less where they are stored) and M once.
+    a layer in the forward pass.  Backwards a linear map costs twice that (gradients of
+    its input and of its weight; the patch embedding once, images have no gradient),
+    attention 5/2 of it (its weights are computed again, not stored; 1/2 less where they
+    are stored) and M once.
 
     Parameters
     ----------
@@ -95,7 +123,8 @@ def operations(
     batch : images.
     patches : patches an image; those of the configured size if ``None``.
     mask_ratio : decides the encoder's tokens with ``encode_visible_only``.
-    fused : the package's own form; otherwise three products in ISTA and stored attention weights.
+    fused : the package's own form; otherwise three products in ISTA and stored
+        attention weights.
 
     Raises
     ------
@@ -110,13 +139,21 @@ def operations(
     square = 2 * d * d
     forward = {
         "embedding": 2 * (decoded - batch) * pixels * d,
-        "projections": 2 * square * (encoded * config.depth + decoded * config.decoder_layers),
-        "attention": 4 * d * (encoded**2 * config.depth + decoded**2 * config.decoder_layers) // batch,
+        "projections": 2
+        * square
+        * (encoded * config.depth + decoded * config.decoder_layers),
+        "attention": 4
+        * d
+        * (encoded**2 * config.depth + decoded**2 * config.decoder_layers)
+        // batch,
         "ISTA": (1 if fused else 3) * square * encoded * config.depth,
         "densify": square * decoded * config.decoder_layers,
         "prediction": 2 * decoded * pixels * d,
     }
-    backward = {part: (1 if part == "embedding" else 2) * count for part, count in forward.items()}
+    backward = {
+        part: (1 if part == "embedding" else 2) * count
+        for part, count in forward.items()
+    }
     recomputed = forward["attention"] // 2 if fused else 0
     backward["attention"] += recomputed
     if fused:
@@ -124,12 +161,18 @@ def operations(
     return StepCost(forward, backward, recomputed)
 
 
-def saved_numbers(config: CrateMAEConfig, batch: int, patches: int | None = None, mask_ratio: float = 0.75) -> int:
+def saved_numbers(
+    config: CrateMAEConfig,
+    batch: int,
+    patches: int | None = None,
+    mask_ratio: float = 0.75,
+) -> int:
     r"""Numbers that the layers keep for the backward pass, beside the weights.
 
-    Each layer keeps six arrays of N tokens: after each LayerNorm, the projection V, the attended tokens, the half step
-    and its output (which the next layer starts from); two numbers a token and LayerNorm; one a token and head, the
-    logarithm of the softmax's sum, in the place of n; and an encoder layer the matrix M:
+    Each layer keeps six arrays of N tokens: after each LayerNorm, the projection V, the
+    attended tokens, the half step and its output (which the next layer starts from);
+    two numbers a token and LayerNorm; one a token and head, the logarithm of the
+    softmax's sum, in the place of n; and an encoder layer the matrix M:
 
     .. math:: 6 N d + 4 N + N K \quad (+\, d^2).
 
@@ -145,4 +188,7 @@ def saved_numbers(config: CrateMAEConfig, batch: int, patches: int | None = None
     require_published(config)
     encoded, decoded = (batch * n for n in token_counts(config, patches, mask_ratio))
     token = 6 * config.dim + 4 + config.heads
-    return token * (encoded * config.depth + decoded * config.decoder_layers) + config.depth * config.dim**2
+    return (
+        token * (encoded * config.depth + decoded * config.decoder_layers)
+        + config.depth * config.dim**2
+    )

@@ -15,7 +15,8 @@ from crate_core.training.recipe import image_size
 
 
 class Encoder(nn.Module):
-    """The encoder alone as a module: ``forward`` is :meth:`~crate_core.model.autoencoder.MaskedAutoencoder.forward_features`.
+    """The encoder alone as a module: ``forward`` is
+    :meth:`~crate_core.model.autoencoder.MaskedAutoencoder.forward_features`.
 
     Book: :ref:`ch-evaluation`.
     """
@@ -30,25 +31,35 @@ class Encoder(nn.Module):
 
 
 def example_images(model: MaskedAutoencoder) -> Images:
-    """Two blank pictures of the model's size on its device; what tracing needs to see."""
-    return torch.zeros(2, model.config.channels, *image_size(model.config), device=model.positions.device)
+    """Two blank pictures of the model's size on its device; what tracing needs to see.
+    """
+    return torch.zeros(
+        2,
+        model.config.channels,
+        *image_size(model.config),
+        device=model.positions.device,
+    )
 
 
 def export_encoder(model: MaskedAutoencoder) -> ExportedProgram:
-    """The encoder, evaluation mode, as a ``torch.export`` program for any batch size at the model's image size.
+    """The encoder, evaluation mode, as a ``torch.export`` program for any batch size at
+    the model's image size.
 
     Book: :ref:`ch-evaluation`.
     """
     return torch.export.export(
-        Encoder(model).eval(), (example_images(model),), dynamic_shapes={"images": {0: Dim.DYNAMIC}}
+        Encoder(model).eval(),
+        (example_images(model),),
+        dynamic_shapes={"images": {0: Dim.DYNAMIC}},
     )
 
 
 def save_onnx(model: MaskedAutoencoder, path: str | Path) -> None:
-    """Write the encoder as an ONNX file, weights inside: input ``images`` (B, C, H, W) in model units, output
-    ``features`` (B, 1 + L, d), any batch size.
+    """Write the encoder as an ONNX file, weights inside: input ``images`` (B, C, H, W)
+    in model units, output ``features`` (B, 1 + L, d), any batch size.
 
-    Raises ``ModuleNotFoundError`` without the packages onnx and onnxscript.  Book: :ref:`ch-evaluation`.
+    Raises ``ModuleNotFoundError`` without the packages onnx and onnxscript.  Book:
+    :ref:`ch-evaluation`.
     """
     torch.onnx.export(
         Encoder(model).eval(),

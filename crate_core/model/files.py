@@ -1,6 +1,8 @@
-r"""Safe loading and saving of weights, and the key map from the authors' published checkpoints.
+r"""Safe loading and saving of weights, and the key map from the authors' published
+checkpoints.
 
-Nothing here unpickles a stranger's objects: safetensors, or ``torch.load(weights_only=True)``.
+Nothing here unpickles a stranger's objects: safetensors, or
+``torch.load(weights_only=True)``.
 
 Book: :ref:`ch-crate-mae`.
 """
@@ -25,7 +27,9 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 
 REFERENCE_HEADS = {384: 6, 576: 12, 768: 12, 1024: 16}
-"""Heads of the authors' published sizes by token dimension; the weights themselves do not tell."""
+"""Heads of the authors' published sizes by token dimension; the weights themselves do
+not tell.
+"""
 
 DAMAGED_FILE_ERRORS = (
     pickle.UnpicklingError,
@@ -35,15 +39,19 @@ DAMAGED_FILE_ERRORS = (
     LookupError,
     struct.error,
 )
-"""What ``torch.load(weights_only=True)`` raises on files that are cut off, damaged, or hold other objects."""
+"""What ``torch.load(weights_only=True)`` raises on files that are cut off, damaged, or
+hold other objects.
+"""
 
 StateDict = dict[str, Tensor]
 
 
 def atomic_write(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all: under a temporary name beside it, flushed to disk, then renamed.
+    """Write a file whole or not at all: under a temporary name beside it, flushed to
+    disk, then renamed.
 
-    Raises ``OSError`` if the disk is full or not writable; the previous file is then untouched.
+    Raises ``OSError`` if the disk is full or not writable; the previous file is then
+    untouched.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -59,25 +67,28 @@ def atomic_write(path: Path, content: bytes) -> None:
 def weights_to_bytes(state: Mapping[str, Tensor]) -> bytes:
     """Tensors as the content of a safetensors file.
 
-    ``safetensors.torch.save_file`` writes files that only their owner can read, and reports a full disk as an error
-    of its own; bytes written by :func:`atomic_write` have neither trouble.
+    ``safetensors.torch.save_file`` writes files that only their owner can read, and
+    reports a full disk as an error of its own; bytes written by :func:`atomic_write`
+    have neither trouble.
     """
-    return serialize_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()})
+    return serialize_tensors(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    )
 
 
 def load_weights(path: str | Path) -> StateDict:
-    """Tensors of a ``.safetensors`` file, or of a PyTorch file read with ``weights_only=True``.
+    """Tensors of a ``.safetensors`` file, or of a PyTorch file read with
+    ``weights_only=True``.
 
-    A PyTorch file may hold the tensors directly or under ``model`` or ``state_dict``; a ``module.`` prefix, as
-    DataParallel leaves it, is dropped.
+    A PyTorch file may hold the tensors directly or under ``model`` or ``state_dict``; a
+    ``module.`` prefix, as DataParallel leaves it, is dropped.
 
     Raises
     ------
     FileNotFoundError
         If there is no such file.
-    ValueError
-        If the file is damaged, holds objects other than tensors (it would have to execute code to load), or holds
-        no tensors.
+    ValueError If the file is damaged, holds objects other than tensors (it would have
+        to execute code to load), or holds no tensors.
 
     Book: :ref:`ch-crate-mae`.
     """
@@ -88,15 +99,26 @@ def load_weights(path: str | Path) -> StateDict:
         try:
             return load_file(path)
         except SafetensorError as error:
-            raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+            raise ValueError(
+                f"{path} is not a readable safetensors file: {error}"
+            ) from error
     try:
-        # MAE's training script, which the authors built on, saves its parsed arguments beside the weights.
+        # MAE's training script, which the authors built on, saves its parsed arguments
+        # beside the weights.
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except DAMAGED_FILE_ERRORS as error:
-        # Torch's message also says how to load the file all the same, by executing it; only the reason is passed on.
-        parts = [part.strip() for part in re.split(r"\n\s*\n|WeightsUnpickler error:", str(error))]
-        reason = " ".join(part for part in parts if not part.startswith(("Weights only load failed", "Check the doc")))
+        # Torch's message also says how to load the file all the same, by executing it;
+        # only the reason is passed on.
+        parts = [
+            part.strip()
+            for part in re.split(r"\n\s*\n|WeightsUnpickler error:", str(error))
+        ]
+        reason = " ".join(
+            part
+            for part in parts
+            if not part.startswith(("Weights only load failed", "Check the doc"))
+        )
         reason = reason.partition(" Please use")[0]
         raise ValueError(
             f"{path} was refused: accepted are .safetensors files and PyTorch files that hold tensors only "
@@ -106,9 +128,11 @@ def load_weights(path: str | Path) -> StateDict:
 
 
 def unwrap_state_dict(content: object, source: str) -> StateDict:
-    """The tensors in ``content``, from under ``model`` or ``state_dict`` if need be, without ``module.`` prefixes.
+    """The tensors in ``content``, from under ``model`` or ``state_dict`` if need be,
+    without ``module.`` prefixes.
 
-    Raises ``ValueError`` naming ``source`` if that is not a mapping from names to tensors.
+    Raises ``ValueError`` naming ``source`` if that is not a mapping from names to
+    tensors.
     """
     for key in ("model", "state_dict"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
@@ -117,18 +141,32 @@ def unwrap_state_dict(content: object, source: str) -> StateDict:
         raise ValueError(f"{source} holds no state dict, got {type(content).__name__}")
     odd = [name for name, value in content.items() if not isinstance(value, Tensor)]
     if odd:
-        raise ValueError(f"{source} is not a state dict of tensors: {odd[:3]} are something else")
+        raise ValueError(
+            f"{source} is not a state dict of tensors: {odd[:3]} are something else"
+        )
     return {name.removeprefix("module."): value for name, value in content.items()}
 
 
-def check_fit(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], source: str) -> None:
-    """Raise ``ValueError`` naming ``source`` unless ``weights`` has exactly the names and shapes of ``own``."""
+def check_fit(
+    own: Mapping[str, Tensor], weights: Mapping[str, Tensor], source: str
+) -> None:
+    """Raise ``ValueError`` naming ``source`` unless ``weights`` has exactly the names
+    and shapes of ``own``.
+    """
     problems = {
         "missing": own.keys() - weights.keys(),
         "unexpected": weights.keys() - own.keys(),
-        "of another shape": {name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape},
+        "of another shape": {
+            name
+            for name in own.keys() & weights.keys()
+            if own[name].shape != weights[name].shape
+        },
     }
-    found = "; ".join(f"{len(names)} {what}, such as {min(names)}" for what, names in problems.items() if names)
+    found = "; ".join(
+        f"{len(names)} {what}, such as {min(names)}"
+        for what, names in problems.items()
+        if names
+    )
     if found:
         raise ValueError(f"weights of {source} do not fit this configuration: {found}")
 
@@ -136,7 +174,8 @@ def check_fit(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], source: 
 def read_config(directory: Path) -> dict[str, object]:
     """The ``config.json`` of a saved model.
 
-    Raises ``FileNotFoundError`` if there is none, ``ValueError`` if it is not a JSON object.
+    Raises ``FileNotFoundError`` if there is none, ``ValueError`` if it is not a JSON
+    object.
     """
     path = directory / CONFIG_FILE
     if not path.is_file():
@@ -152,15 +191,21 @@ def read_config(directory: Path) -> dict[str, object]:
     return config
 
 
-def save_model(directory: Path, config: Mapping[str, object], weights: Mapping[str, Tensor]) -> None:
-    """Write ``config.json`` and ``model.safetensors``; neither is replaced before both are whole on disk.
+def save_model(
+    directory: Path, config: Mapping[str, object], weights: Mapping[str, Tensor]
+) -> None:
+    """Write ``config.json`` and ``model.safetensors``; neither is replaced before both
+    are whole on disk.
 
-    Raises ``OSError`` if the disk is full or not writable; files already there are then untouched.
+    Raises ``OSError`` if the disk is full or not writable; files already there are then
+    untouched.
     """
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as scratch:
         atomic_write(Path(scratch, WEIGHTS_FILE), weights_to_bytes(weights))
-        atomic_write(Path(scratch, CONFIG_FILE), (json.dumps(config, indent=2) + "\n").encode())
+        atomic_write(
+            Path(scratch, CONFIG_FILE), (json.dumps(config, indent=2) + "\n").encode()
+        )
         for name in (WEIGHTS_FILE, CONFIG_FILE):
             os.replace(Path(scratch, name), directory / name)
 
@@ -194,8 +239,12 @@ _TOP_KEYS = {
     "decoder_pred.bias": "prediction.bias",
 }
 
-REFERENCE_UNUSED = frozenset({"pos_embed", "decoder_pos_embed", "decoder_embed.weight", "decoder_embed.bias"})
-"""In the authors' checkpoints and not here: two fixed position tables and a linear map that forward never uses."""
+REFERENCE_UNUSED = frozenset(
+    {"pos_embed", "decoder_pos_embed", "decoder_embed.weight", "decoder_embed.bias"}
+)
+"""In the authors' checkpoints and not here: two fixed position tables and a linear map
+that forward never uses.
+"""
 
 
 def _layer_key(name: str) -> str | None:
@@ -209,13 +258,17 @@ def _layer_key(name: str) -> str | None:
     return None
 
 
-def convert_reference(state: Mapping[str, Tensor], heads: int | None = None) -> tuple[dict[str, object], StateDict]:
-    """Sizes and weights of this package's model from an authors' ``mae_crate_*`` state dict.
+def convert_reference(
+    state: Mapping[str, Tensor], heads: int | None = None
+) -> tuple[dict[str, object], StateDict]:
+    """Sizes and weights of this package's model from an authors' ``mae_crate_*`` state
+    dict.
 
     Parameters
     ----------
     state : the authors' state dict.
-    heads : number of heads; ``None`` takes it from the published sizes by token dimension.
+    heads : number of heads; ``None`` takes it from the published sizes by token
+        dimension.
 
     Returns
     -------
@@ -236,7 +289,8 @@ def convert_reference(state: Mapping[str, Tensor], heads: int | None = None) -> 
         if ours is not None:
             weights[ours] = tensor
         elif name == "patch_embed.proj.weight":
-            # A convolution's (d, C, P, P) kernel as a matrix on patches flattened rows, columns, channels.
+            # A convolution's (d, C, P, P) kernel as a matrix on patches flattened rows,
+            # columns, channels.
             weights["patch_embedding.weight"] = tensor.permute(0, 2, 3, 1).flatten(1)
         elif name not in REFERENCE_UNUSED:
             unknown.append(name)
@@ -255,10 +309,15 @@ def convert_reference(state: Mapping[str, Tensor], heads: int | None = None) -> 
         )
     dim, channels, patch_size, _ = state["patch_embed.proj.weight"].shape
     side = round((state["decoder_pos_embed"].shape[1] - 1) ** 0.5)
-    depth = 1 + max((int(name.split(".")[1]) for name in weights if name.startswith("encoder.")), default=-1)
+    depth = 1 + max(
+        (int(name.split(".")[1]) for name in weights if name.startswith("encoder.")),
+        default=-1,
+    )
     heads = heads or REFERENCE_HEADS.get(dim)
     if heads is None:
-        raise ValueError(f"the number of heads cannot be read from weights of dimension {dim}: pass heads=")
+        raise ValueError(
+            f"the number of heads cannot be read from weights of dimension {dim}: pass heads="
+        )
     sizes: dict[str, object] = {
         "image_size": side * patch_size,
         "patch_size": patch_size,

@@ -1,4 +1,5 @@
-r"""The same function with fewer operations, for inference: what depends on the weights alone is computed once.
+r"""The same function with fewer operations, for inference: what depends on the weights
+alone is computed once.
 
 Book: :ref:`ch-cost`.
 """
@@ -17,7 +18,8 @@ from crate_core.shapes import Tokens
 
 
 class FoldedISTA(nn.Linear):
-    r"""ISTA after a norm with gain g and shift b, on tokens z that the norm has standardised only,
+    r"""ISTA after a norm with gain g and shift b, on tokens z that the norm has
+    standardised only,
 
     .. math:: \mathrm{ReLU}\big(z\, \mathrm{diag}(g)\, M + (b M - \eta\lambda)\big), \qquad M = I + \eta (D - D^\top D).
 
@@ -29,7 +31,9 @@ class FoldedISTA(nn.Linear):
 
 
 def take_affine(norm: nn.Module) -> tuple[Tensor | None, Tensor | None]:
-    """Gain and shift of a norm, which then standardises only; ``None`` for those that it never had."""
+    """Gain and shift of a norm, which then standardises only; ``None`` for those that
+    it never had.
+    """
     gain, shift = getattr(norm, "weight", None), getattr(norm, "bias", None)
     for name, value in (("weight", gain), ("bias", shift)):
         if value is not None:
@@ -38,7 +42,11 @@ def take_affine(norm: nn.Module) -> tuple[Tensor | None, Tensor | None]:
 
 
 def fold_affine(
-    weight: Tensor, bias: Tensor | None, gain: Tensor | None, shift: Tensor | None, kind: type[nn.Linear] = nn.Linear
+    weight: Tensor,
+    bias: Tensor | None,
+    gain: Tensor | None,
+    shift: Tensor | None,
+    kind: type[nn.Linear] = nn.Linear,
 ) -> nn.Linear:
     r"""One linear map for gain g and shift b of a norm and the map W, c after it,
 
@@ -67,21 +75,25 @@ def fold_attention(norm: nn.Module, attention: MSSA) -> None:
 
 
 class FoldedCrateMAE(CrateMAE):
-    r"""A trained CRATE-MAE for inference: the same outputs to rounding, not to be trained or saved.
+    r"""A trained CRATE-MAE for inference: the same outputs to rounding, not to be
+    trained or saved.
 
-    The matrix M of each ISTA step is computed once, not once a batch (for one image of 197 tokens it costs three to
-    four products with the tokens), and the gains and shifts of the norms inside layers are folded into the maps after
-    them.  A copy; the given model stays as it is.
+    The matrix M of each ISTA step is computed once, not once a batch (for one image of
+    197 tokens it costs three to four products with the tokens), and the gains and
+    shifts of the norms inside layers are folded into the maps after them.  A copy; the
+    given model stays as it is.
 
     Parameters
     ----------
-    model : any CRATE-MAE, ablations included (an over-complete dictionary is left as it is).
+    model : any CRATE-MAE, ablations included (an over-complete dictionary is left as it
+        is).
 
     Book: :ref:`ch-cost`, :eq:`eq-cost-fold`.
     """
 
     def __init__(self, model: CrateMAE) -> None:
-        with torch.random.fork_rng(devices=[]):  # weights that are overwritten at once draw nothing from the caller
+        # weights that are overwritten at once draw nothing from the caller
+        with torch.random.fork_rng(devices=[]):
             super().__init__(model.config)
         config = model.config
         self.to(device=model.class_token.device, dtype=model.class_token.dtype)
@@ -92,19 +104,29 @@ class FoldedCrateMAE(CrateMAE):
                 fold_attention(layer.norm_attention, layer.attention)
                 if isinstance(layer.sparsify, ISTA):
                     matrix = ista_matrix(layer.sparsify.weight, layer.sparsify.eta)
-                    threshold = matrix.new_full((config.dim,), -config.eta * config.lambd)
+                    threshold = matrix.new_full(
+                        (config.dim,), -config.eta * config.lambd
+                    )
                     affine = take_affine(layer.norm_sparsify)
-                    layer.sparsify = fold_affine(matrix.T, threshold, *affine, FoldedISTA)
+                    layer.sparsify = fold_affine(
+                        matrix.T, threshold, *affine, FoldedISTA
+                    )
             for reverse in self.decoder:
                 assert isinstance(reverse, DecoderLayer)
                 fold_attention(reverse.norm_attention, reverse.attention)
-                reverse.densify = fold_affine(reverse.densify.weight, None, *take_affine(reverse.norm_densify))
+                reverse.densify = fold_affine(
+                    reverse.densify.weight, None, *take_affine(reverse.norm_densify)
+                )
         self.requires_grad_(False)
         self.eval()
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Raises ``ValueError``: the folded weights are no checkpoint; save the model that was folded."""
-        raise ValueError(f"a folded model is not saved (asked for {directory}); save the model that it was made from")
+        """Raises ``ValueError``: the folded weights are no checkpoint; save the model
+        that was folded.
+        """
+        raise ValueError(
+            f"a folded model is not saved (asked for {directory}); save the model that it was made from"
+        )
 
 
 def fold(model: CrateMAE) -> FoldedCrateMAE:

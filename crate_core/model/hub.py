@@ -1,6 +1,8 @@
-r"""Publishing a model on the Hugging Face Hub, and finding one there or in this package.
+r"""Publishing a model on the Hugging Face Hub, and finding one there or in this
+package.
 
-``huggingface_hub`` is imported when it is used: a script that loads from a directory does not need it.
+``huggingface_hub`` is imported when it is used: a script that loads from a directory
+does not need it.
 
 Book: :ref:`ch-evaluation`.
 """
@@ -45,12 +47,14 @@ def bundled_directory() -> Path:
 
 def bundled_names() -> list[str]:
     """Names of the models that are installed with the package."""
-    return sorted(path.parent.name for path in bundled_directory().glob(f"*/{CONFIG_FILE}"))
+    return sorted(
+        path.parent.name for path in bundled_directory().glob(f"*/{CONFIG_FILE}")
+    )
 
 
 def resolve_directory(name: str | Path) -> Path:
-    """Where a saved model lies: a local directory as it is, a bundled name in the package, a Hugging Face Hub id
-    (owner/name) downloaded.
+    """Where a saved model lies: a local directory as it is, a bundled name in the
+    package, a Hugging Face Hub id (owner/name) downloaded.
 
     Raises ``FileNotFoundError`` naming the bundled models if it is none of these.
     """
@@ -69,14 +73,21 @@ def resolve_directory(name: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(name), allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
+        return Path(
+            snapshot_download(str(name), allow_patterns=[CONFIG_FILE, WEIGHTS_FILE])
+        )
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:
         raise FileNotFoundError(
             f"no directory {name} here, and the Hub did not give a model of that name: {error}"
         ) from error
 
 
-def push_to_hub(save: Callable[[Path], None], config: Mapping[str, Any], repo_id: str, **options: Any) -> str:
+def push_to_hub(
+    save: Callable[[Path], None],
+    config: Mapping[str, Any],
+    repo_id: str,
+    **options: Any,
+) -> str:
     """Upload a model and a card to the Hub through huggingface_hub's ``ModelHubMixin``.
 
     Parameters
@@ -84,13 +95,15 @@ def push_to_hub(save: Callable[[Path], None], config: Mapping[str, Any], repo_id
     save : writes the model's files into a directory.
     config : fields for the card, with ``model_type``.
     repo_id : owner/name; created if it is not there.
-    options : ``private``, ``token``, ``branch``, ``create_pr``, ``commit_message`` and the others of the mixin.
+    options : ``private``, ``token``, ``branch``, ``create_pr``, ``commit_message`` and
+        the others of the mixin.
 
     Returns
     -------
     The address of the commit.
 
-    Book: :ref:`ch-evaluation`.  Loading goes through :func:`resolve_directory`, not through the mixin.
+    Book: :ref:`ch-evaluation`.  Loading goes through :func:`resolve_directory`, not
+    through the mixin.
     """
     from huggingface_hub import ModelHubMixin
 
@@ -108,6 +121,8 @@ def push_to_hub(save: Callable[[Path], None], config: Mapping[str, Any], repo_id
         "title": repo_id.rpartition("/")[2],
         "repo_id": repo_id,
         "model_type": config["model_type"],
-        "config": {name: value for name, value in config.items() if name != "model_type"},
+        "config": {
+            name: value for name, value in config.items() if name != "model_type"
+        },
     }
     return Adapter().push_to_hub(repo_id, model_card_kwargs=card, **options)

@@ -15,17 +15,24 @@ LAYER_NORM_EPS = 1e-5
 
 
 def make_norm(config: CrateMAEConfig) -> nn.Module:
-    """The norm inside layers that the configuration names: LayerNorm as published, RMSNorm, or none."""
+    """The norm inside layers that the configuration names: LayerNorm as published,
+    RMSNorm, or none.
+    """
     if config.norm == "none":
         return nn.Identity()
-    return (nn.LayerNorm if config.norm == "layer" else nn.RMSNorm)(config.dim, eps=LAYER_NORM_EPS)
+    return (nn.LayerNorm if config.norm == "layer" else nn.RMSNorm)(
+        config.dim, eps=LAYER_NORM_EPS
+    )
 
 
 def make_sparsify(config: CrateMAEConfig) -> nn.Module:
-    """The ISTA step as published, or the over-complete one of an ``expansion`` above 1."""
+    """The ISTA step as published, or the over-complete one of an ``expansion`` above 1.
+    """
     if config.expansion == 1:
         return ISTA(config.dim, config.eta, config.lambd)
-    return OvercompleteISTA(config.dim, config.expansion * config.dim, config.eta, config.lambd)
+    return OvercompleteISTA(
+        config.dim, config.expansion * config.dim, config.eta, config.lambd
+    )
 
 
 class EncoderLayer(nn.Module):
@@ -34,8 +41,8 @@ class EncoderLayer(nn.Module):
     .. math:: U = X + \mathrm{MSSA}(\mathrm{LN}(X)), \qquad
               X' = \mathrm{ISTA}(\mathrm{LN}(U) \mid D),
 
-    on tokens (B, n, d).  Book: :ref:`ch-layers`.  The authors' published code; the configuration's ablations put
-    another norm, attention or dictionary in its place.
+    on tokens (B, n, d).  Book: :ref:`ch-layers`.  The authors' published code; the
+    configuration's ablations put another norm, attention or dictionary in its place.
     """
 
     def __init__(self, config: CrateMAEConfig) -> None:
@@ -58,7 +65,8 @@ class EncoderLayer(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    r"""The reverse: leave the dictionary's coordinates, then take the compression step back,
+    r"""The reverse: leave the dictionary's coordinates, then take the compression step
+    back,
 
     .. math:: V = E\, \mathrm{LN}(Y), \qquad Y' = V - \mathrm{MSSA}(\mathrm{LN}(V)),
 

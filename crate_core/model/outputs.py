@@ -23,18 +23,23 @@ class CrateMAEOutput:
     ids_restore: PatchOrder
     """(B, L), position of each patch in the order of increasing noise."""
     hidden_states: tuple[Tensor, ...] | None = None
-    """Encoder tokens (B, n, d): the embedding, then the output of each layer; when asked for."""
+    """Encoder tokens (B, n, d): the embedding, then the output of each layer; when
+    asked for.
+    """
     attentions: tuple[Tensor, ...] | None = None
     """Encoder attention weights (B, K, n, n) of each layer; when asked for."""
     decoder_hidden_states: tuple[Tensor, ...] | None = None
-    """Decoder tokens (B, n, d): its input, then the output of each layer; with the encoder's."""
+    """Decoder tokens (B, n, d): its input, then the output of each layer; with the
+    encoder's.
+    """
 
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """Pictures (B, C, H, W) in the units of the input: ``masked`` input (removed patches at the pixel mean),
-    ``predicted`` by the model everywhere, ``pasted``: visible patches of the input and predictions elsewhere;
-    and the ``mask`` (B, L)."""
+    """Pictures (B, C, H, W) in the units of the input: ``masked`` input (removed
+    patches at the pixel mean), ``predicted`` by the model everywhere, ``pasted``:
+    visible patches of the input and predictions elsewhere; and the ``mask`` (B, L).
+    """
 
     masked: Images
     predicted: Images

@@ -9,15 +9,32 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from crate_core.shapes import Images, Patches, PatchIndex, PatchMask, PatchNoise, PatchOrder, Tokens, TokenSubset
+from crate_core.shapes import (
+    Images,
+    Patches,
+    PatchIndex,
+    PatchMask,
+    PatchNoise,
+    PatchOrder,
+    Tokens,
+    TokenSubset,
+)
 
 TARGET_VARIANCE_FLOOR = 1e-6
 """Added to a patch's variance before dividing by its root; the value that MAE uses."""
 
 
 def patch_grid(height: int, width: int, patch_size: int) -> tuple[int, int]:
-    """Number of patches down and across; ``ValueError`` unless both sides are positive multiples of the patch."""
-    if patch_size < 1 or height < patch_size or width < patch_size or height % patch_size or width % patch_size:
+    """Number of patches down and across; ``ValueError`` unless both sides are positive
+    multiples of the patch.
+    """
+    if (
+        patch_size < 1
+        or height < patch_size
+        or width < patch_size
+        or height % patch_size
+        or width % patch_size
+    ):
         raise ValueError(
             f"image height and width must be multiples of the patch size {patch_size}, got {height}x{width}"
         )
@@ -25,7 +42,8 @@ def patch_grid(height: int, width: int, patch_size: int) -> tuple[int, int]:
 
 
 def patchify(images: Images, patch_size: int) -> Patches:
-    r"""Cut images into flattened patches, (B, C, H, W) to (B, L, P*P*C) with L = (H/P)(W/P).
+    r"""Cut images into flattened patches, (B, C, H, W) to (B, L, P*P*C) with L =
+    (H/P)(W/P).
 
     Patches run along rows of the image; inside a patch: rows, columns, channels.
 
@@ -41,7 +59,8 @@ def patchify(images: Images, patch_size: int) -> Patches:
 
 
 def unpatchify(patches: Patches, patch_size: int, grid: tuple[int, int]) -> Images:
-    r"""Inverse of :func:`patchify`, (B, L, P*P*C) to (B, C, H, W); ``grid`` is (H/P, W/P).
+    r"""Inverse of :func:`patchify`, (B, L, P*P*C) to (B, C, H, W); ``grid`` is (H/P,
+    W/P).
 
     Raises
     ------
@@ -56,12 +75,21 @@ def unpatchify(patches: Patches, patch_size: int, grid: tuple[int, int]) -> Imag
             f"patches must be (B, {rows * columns}, {patch_size}*{patch_size}*C) for grid {grid}, "
             f"got {tuple(patches.shape)}"
         )
-    return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=rows, w=columns, p=patch_size, q=patch_size)
+    return rearrange(
+        patches,
+        "b (h w) (p q c) -> b c (h p) (w q)",
+        h=rows,
+        w=columns,
+        p=patch_size,
+        q=patch_size,
+    )
 
 
 @dataclass(frozen=True)
 class NormalizedPatches:
-    """Patches with mean 0 and variance 1 each; ``patches = normalized * std + mean`` gives the originals back."""
+    """Patches with mean 0 and variance 1 each; ``patches = normalized * std + mean``
+    gives the originals back.
+    """
 
     normalized: Patches
     mean: Tensor
@@ -69,7 +97,8 @@ class NormalizedPatches:
 
 
 def normalize_patches(patches: Patches) -> NormalizedPatches:
-    r"""Standardise every patch by its own mean and (unbiased) variance, :math:`(x - \mu)/\sqrt{s^2 + 10^{-6}}`.
+    r"""Standardise every patch by its own mean and (unbiased) variance, :math:`(x -
+    \mu)/\sqrt{s^2 + 10^{-6}}`.
 
     Book: :ref:`ch-crate-mae`.  MAE's ``norm_pix_loss`` targets.
     """
@@ -78,15 +107,19 @@ def normalize_patches(patches: Patches) -> NormalizedPatches:
     return NormalizedPatches((patches - mean) / std, mean, std)
 
 
-def sincos_positions(dim: int, grid: tuple[int, int], reference_grid: tuple[int, int] | None = None) -> Tensor:
-    r"""Fixed 2-D sine-cosine position table with a zero row for the class token, (1 + rows*columns, dim).
+def sincos_positions(
+    dim: int, grid: tuple[int, int], reference_grid: tuple[int, int] | None = None
+) -> Tensor:
+    r"""Fixed 2-D sine-cosine position table with a zero row for the class token, (1 +
+    rows*columns, dim).
 
     .. math:: \big[\sin x\omega,\ \cos x\omega,\ \sin y\omega,\ \cos y\omega\big], \qquad
               \omega_i = 10000^{-4i/d}, \quad i = 0, \dots, d/4 - 1,
 
-    x the column and y the row of the patch.  With a ``reference_grid`` the coordinates are rescaled so that the image
-    covers the same range as in the reference, :math:`x = (c + \tfrac12)\, w_0/w - \tfrac12`: the exact table that
-    interpolating the reference's table approximates.
+    x the column and y the row of the patch.  With a ``reference_grid`` the coordinates
+    are rescaled so that the image covers the same range as in the reference, :math:`x =
+    (c + \tfrac12)\, w_0/w - \tfrac12`: the exact table that interpolating the
+    reference's table approximates.
 
     Raises
     ------
@@ -96,22 +129,34 @@ def sincos_positions(dim: int, grid: tuple[int, int], reference_grid: tuple[int,
     Book: :ref:`ch-crate-mae`.  At the reference grid, the table of MAE.
     """
     if dim < 4 or dim % 4:
-        raise ValueError(f"dim must be a positive multiple of four for 2-D sine-cosine positions, got {dim}")
+        raise ValueError(
+            f"dim must be a positive multiple of four for 2-D sine-cosine positions, got {dim}"
+        )
     rows, columns = grid
     reference_rows, reference_columns = reference_grid or grid
     frequencies = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     y = (torch.arange(rows, dtype=torch.float64) + 0.5) * (reference_rows / rows) - 0.5
-    x = (torch.arange(columns, dtype=torch.float64) + 0.5) * (reference_columns / columns) - 0.5
+    x = (torch.arange(columns, dtype=torch.float64) + 0.5) * (
+        reference_columns / columns
+    ) - 0.5
     phase_y, phase_x = y[:, None] * frequencies, x[:, None] * frequencies
-    along_x = torch.cat([phase_x.sin(), phase_x.cos()], dim=-1).expand(rows, columns, dim // 2)
-    along_y = torch.cat([phase_y.sin(), phase_y.cos()], dim=-1)[:, None].expand(rows, columns, dim // 2)
+    along_x = torch.cat([phase_x.sin(), phase_x.cos()], dim=-1).expand(
+        rows, columns, dim // 2
+    )
+    along_y = torch.cat([phase_y.sin(), phase_y.cos()], dim=-1)[:, None].expand(
+        rows, columns, dim // 2
+    )
     table = torch.cat([along_x, along_y], dim=-1).reshape(rows * columns, dim)
-    return torch.cat([torch.zeros(1, dim, dtype=torch.float64), table]).to(torch.get_default_dtype())
+    return torch.cat([torch.zeros(1, dim, dtype=torch.float64), table]).to(
+        torch.get_default_dtype()
+    )
 
 
 @dataclass(frozen=True)
 class Masking:
-    """A random mask: ``ids_keep`` (B, L_visible), ``ids_restore`` (B, L), ``mask`` (B, L) with 1 where removed."""
+    """A random mask: ``ids_keep`` (B, L_visible), ``ids_restore`` (B, L), ``mask`` (B,
+    L) with 1 where removed.
+    """
 
     ids_keep: PatchIndex
     ids_restore: PatchOrder
@@ -131,17 +176,22 @@ def random_masking(noise: PatchNoise, mask_ratio: float) -> Masking:
     ValueError
         If mask_ratio is outside [0, 1) or so large that no patch stays visible.
 
-    Book: :ref:`ch-crate-mae`.  As in MAE and transformers' ViTMAE, with ties broken in order.
+    Book: :ref:`ch-crate-mae`.  As in MAE and transformers' ViTMAE, with ties broken in
+    order.
     """
     if not 0 <= mask_ratio < 1:
         raise ValueError(f"mask_ratio must be in [0, 1), got {mask_ratio}")
     length = noise.shape[-1]
     visible = int(length * (1 - mask_ratio))
     if visible < 1:
-        raise ValueError(f"mask_ratio={mask_ratio} leaves none of {length} patches visible")
+        raise ValueError(
+            f"mask_ratio={mask_ratio} leaves none of {length} patches visible"
+        )
     ids_shuffle = torch.argsort(noise, dim=-1, stable=True)
     ids_restore = torch.argsort(ids_shuffle, dim=-1)
-    return Masking(ids_shuffle[:, :visible], ids_restore, (ids_restore >= visible).to(noise.dtype))
+    return Masking(
+        ids_shuffle[:, :visible], ids_restore, (ids_restore >= visible).to(noise.dtype)
+    )
 
 
 def gather_tokens(tokens: Tokens, ids: PatchIndex) -> TokenSubset:
@@ -149,8 +199,11 @@ def gather_tokens(tokens: Tokens, ids: PatchIndex) -> TokenSubset:
     return torch.take_along_dim(tokens, ids[..., None], dim=-2)
 
 
-def restore_tokens(visible: TokenSubset, mask_token: Tensor, ids_restore: PatchOrder) -> Tokens:
-    r"""Put visible tokens back in place and the mask token everywhere else, (B, L_visible, d) to (B, L, d).
+def restore_tokens(
+    visible: TokenSubset, mask_token: Tensor, ids_restore: PatchOrder
+) -> Tokens:
+    r"""Put visible tokens back in place and the mask token everywhere else, (B,
+    L_visible, d) to (B, L, d).
 
     Book: :ref:`ch-crate-mae`.
     """

@@ -1,4 +1,5 @@
-r"""Sparsification: the nonnegative lasso, proximal gradient steps, ISTA, and the module.
+r"""Sparsification: the nonnegative lasso, proximal gradient steps, ISTA, and the
+module.
 
 Book: :ref:`ch-ista`.
 """
@@ -13,11 +14,15 @@ from crate_core.shapes import Codes, Dictionary, Scalars, Tokens
 
 
 def check_step(eta: float, lambd: float) -> None:
-    """Raise ``ValueError`` unless eta > 0 (step size) and lambd >= 0 (weight of the l1 penalty)."""
+    """Raise ``ValueError`` unless eta > 0 (step size) and lambd >= 0 (weight of the l1
+    penalty).
+    """
     if not eta > 0:
         raise ValueError(f"eta, the step size, must be positive, got {eta}")
     if not lambd >= 0:
-        raise ValueError(f"lambd, the weight of the l1 penalty, must be >= 0, got {lambd}")
+        raise ValueError(
+            f"lambd, the weight of the l1 penalty, must be >= 0, got {lambd}"
+        )
 
 
 def check_dictionary(z: Tokens, dictionary: Dictionary) -> None:
@@ -29,14 +34,20 @@ def check_dictionary(z: Tokens, dictionary: Dictionary) -> None:
 
 
 def check_codes(codes: Codes, z: Tokens, dictionary: Dictionary) -> None:
-    """Raise ``ValueError`` unless codes are (..., n, m) for tokens (..., n, d) and a dictionary (d, m)."""
+    """Raise ``ValueError`` unless codes are (..., n, m) for tokens (..., n, d) and a
+    dictionary (d, m).
+    """
     check_dictionary(z, dictionary)
     expected = (z.shape[-2], dictionary.shape[1])
     if codes.shape[-2:] != expected:
-        raise ValueError(f"codes must be (..., {expected[0]}, {expected[1]}) here, got {tuple(codes.shape)}")
+        raise ValueError(
+            f"codes must be (..., {expected[0]}, {expected[1]}) here, got {tuple(codes.shape)}"
+        )
 
 
-def lasso_objective(codes: Codes, z: Tokens, dictionary: Dictionary, lambd: float) -> Scalars:
+def lasso_objective(
+    codes: Codes, z: Tokens, dictionary: Dictionary, lambd: float
+) -> Scalars:
     r"""The nonnegative lasso
 
     .. math:: F(A) = \tfrac12 \|Z - D A\|_F^2 + \lambda \|A\|_1 + \iota_{A \ge 0},
@@ -73,13 +84,16 @@ def lasso_objective(codes: Codes, z: Tokens, dictionary: Dictionary, lambd: floa
     return torch.where((codes < 0).any(-1).any(-1), torch.inf, value)
 
 
-def proximal_step(codes: Codes, z: Tokens, dictionary: Dictionary, eta: float, lambd: float) -> Codes:
+def proximal_step(
+    codes: Codes, z: Tokens, dictionary: Dictionary, eta: float, lambd: float
+) -> Codes:
     r"""One proximal gradient step on the nonnegative lasso,
 
     .. math:: A^+ = \mathrm{ReLU}\big(A + \eta D^\top (Z - D A) - \eta\lambda\big).
 
-    From feasible codes (:math:`A \ge 0`) the objective does not increase for :math:`\eta \le 2/\|D\|_2^2`; the rate
-    of the iterates is proved for :math:`\eta \le 1/\|D\|_2^2`, from any start.
+    From feasible codes (:math:`A \ge 0`) the objective does not increase for
+    :math:`\eta \le 2/\|D\|_2^2`; the rate of the iterates is proved for :math:`\eta \le
+    1/\|D\|_2^2`, from any start.
 
     Parameters
     ----------
@@ -117,7 +131,8 @@ class ISTAMatrix(torch.autograd.Function):
 
     .. math:: M = I + \eta\,(D - D^\top D), \qquad \nabla_D = \eta\,\big(G - D\,(G + G^\top)\big),
 
-    for a gradient G of M: two products of d x d matrices in all, where differentiating step by step takes three.
+    for a gradient G of M: two products of d x d matrices in all, where differentiating
+    step by step takes three.
 
     Book: :ref:`ch-cost`.
     """
@@ -126,7 +141,8 @@ class ISTAMatrix(torch.autograd.Function):
     def forward(ctx: Any, dictionary: Tensor, eta: float) -> Tensor:
         gram = dictionary.mT @ dictionary
         ctx.save_for_backward(dictionary)
-        # Under autocast the product is in half precision, and so is the one of the backward pass.
+        # Under autocast the product is in half precision, and so is the one of the
+        # backward pass.
         ctx.eta, ctx.product_dtype = eta, gram.dtype
         matrix = eta * (dictionary - gram)
         # Not in place on a view of the diagonal, which torch.onnx.export does not take.
@@ -140,7 +156,8 @@ class ISTAMatrix(torch.autograd.Function):
 
 
 def ista_matrix(dictionary: Dictionary, eta: float) -> Dictionary:
-    r"""The matrix :math:`M = I + \eta (D - D^\top D)` of the fused step, so that tokens as rows v give :math:`v M`.
+    r"""The matrix :math:`M = I + \eta (D - D^\top D)` of the fused step, so that tokens
+    as rows v give :math:`v M`.
 
     Parameters
     ----------
@@ -153,18 +170,22 @@ def ista_matrix(dictionary: Dictionary, eta: float) -> Dictionary:
     -------
     tensor (d, d)
 
-    Book: :ref:`ch-ista`, :eq:`eq-ista-fused`.  Its gradient is that of :class:`ISTAMatrix`.
+    Book: :ref:`ch-ista`, :eq:`eq-ista-fused`.  Its gradient is that of
+    :class:`ISTAMatrix`.
     """
     return ISTAMatrix.apply(dictionary, eta)
 
 
-def ista(z: Tokens, dictionary: Dictionary, eta: float = 0.1, lambd: float = 0.5) -> Tokens:
-    r"""The ISTA step of a CRATE layer: one proximal gradient step started from the tokens themselves,
+def ista(
+    z: Tokens, dictionary: Dictionary, eta: float = 0.1, lambd: float = 0.5
+) -> Tokens:
+    r"""The ISTA step of a CRATE layer: one proximal gradient step started from the
+    tokens themselves,
 
     .. math:: \mathrm{ISTA}(Z \mid D) = \mathrm{ReLU}\big(Z + \eta D^\top (Z - D Z) - \eta\lambda\big).
 
-    Affine before its ReLU, so the three products with the tokens are one: :math:`Z \mapsto M^\top Z` with
-    :math:`M = I + \eta(D - D^\top D)`.
+    Affine before its ReLU, so the three products with the tokens are one: :math:`Z
+    \mapsto M^\top Z` with :math:`M = I + \eta(D - D^\top D)`.
 
     Parameters
     ----------
@@ -201,14 +222,17 @@ def ista(z: Tokens, dictionary: Dictionary, eta: float = 0.1, lambd: float = 0.5
             f"a step from the tokens needs a square dictionary, got {tuple(dictionary.shape)}; "
             "use proximal_step with codes of your own for an over-complete one"
         )
-    return (z @ ista_matrix(dictionary, eta)).sub_(eta * lambd).relu_()  # in place: no copy of the tokens is written
+    # in place: no copy of the tokens is written
+    return (z @ ista_matrix(dictionary, eta)).sub_(eta * lambd).relu_()
 
 
 class ISTA(nn.Module):
-    r"""A learned ISTA step, :math:`\mathrm{ReLU}(Z + \eta D^\top(Z - DZ) - \eta\lambda)`, with D = ``weight`` (d, d).
+    r"""A learned ISTA step, :math:`\mathrm{ReLU}(Z + \eta D^\top(Z - DZ) -
+    \eta\lambda)`, with D = ``weight`` (d, d).
 
-    Initialised as in the published code of :cite:t:`pai2024masked` (Kaiming uniform), for which :math:`\|D\|_2^2` is
-    near 8, so that eta = 0.1 is just inside 1/8 at the start.
+    Initialised as in the published code of :cite:t:`pai2024masked` (Kaiming uniform),
+    for which :math:`\|D\|_2^2` is near 8, so that eta = 0.1 is just inside 1/8 at the
+    start.
 
     Parameters
     ----------
@@ -236,19 +260,22 @@ class ISTA(nn.Module):
         nn.init.kaiming_uniform_(self.weight)
 
     def forward(self, z: Tokens) -> Tokens:
-        """Tokens (..., n, d) to nonnegative tokens (..., n, d).  Book: :ref:`ch-ista`."""
+        """Tokens (..., n, d) to nonnegative tokens (..., n, d).  Book: :ref:`ch-ista`.
+        """
         return ista(z, self.weight, self.eta, self.lambd)
 
 
 class OvercompleteISTA(nn.Module):
-    r"""Two ISTA steps from zero on an over-complete dictionary, decoded by another one onto a residual path,
+    r"""Two ISTA steps from zero on an over-complete dictionary, decoded by another one
+    onto a residual path,
 
     .. math:: A^1 = \mathrm{ReLU}(\eta D^\top Z - \eta\lambda), \qquad
               A^2 = \mathrm{ReLU}\big(A^1 + \eta D^\top (Z - D A^1) - \eta\lambda\big), \qquad
               Z' = Z + \hat D A^2.
 
-    An ablation, not part of CRATE-MAE: the code A cannot start from the tokens (dimensions), and cannot replace them
-    either, so a decoupled dictionary brings it back.
+    An ablation, not part of CRATE-MAE: the code A cannot start from the tokens
+    (dimensions), and cannot replace them either, so a decoupled dictionary brings it
+    back.
 
     Parameters
     ----------
@@ -274,7 +301,9 @@ class OvercompleteISTA(nn.Module):
     Book: :ref:`ch-open-questions`.
     """
 
-    def __init__(self, dim: int, atoms: int, eta: float = 0.1, lambd: float = 0.5) -> None:
+    def __init__(
+        self, dim: int, atoms: int, eta: float = 0.1, lambd: float = 0.5
+    ) -> None:
         super().__init__()
         check_step(eta, lambd)
         self.eta = eta
@@ -282,8 +311,11 @@ class OvercompleteISTA(nn.Module):
         self.weight = nn.Parameter(torch.empty(dim, atoms))
         self.decode = nn.Parameter(torch.empty(dim, atoms))
         for weight in (self.weight, self.decode):
-            # Fan-in is the number of inputs: d for the analysis D^T Z, m for the synthesis.
-            nn.init.kaiming_uniform_(weight, mode="fan_out" if weight is self.weight else "fan_in")
+            # Fan-in is the number of inputs: d for the analysis D^T Z, m for the
+            # synthesis.
+            nn.init.kaiming_uniform_(
+                weight, mode="fan_out" if weight is self.weight else "fan_in"
+            )
 
     def codes(self, z: Tokens) -> Codes:
         """The codes A^2 (..., n, m).  Book: :ref:`ch-open-questions`."""

@@ -1,4 +1,5 @@
-r"""Noising, Tweedie's formula, projections, and the measure of what a denoiser leaves behind.
+r"""Noising, Tweedie's formula, projections, and the measure of what a denoiser leaves
+behind.
 
 Book: :ref:`ch-denoising`.
 """
@@ -10,24 +11,33 @@ from crate_core.shapes import Bases, SubspaceIndex, TokenVectors
 from crate_core.theory.mixture import check_orthonormal
 
 
-def add_noise(x: TokenVectors, sigma: float, generator: torch.Generator | None = None) -> TokenVectors:
-    r"""Gaussian noising :math:`z = x + \sigma w`, :math:`w \sim \mathcal{N}(0, I)`; sigma is per coordinate.
+def add_noise(
+    x: TokenVectors, sigma: float, generator: torch.Generator | None = None
+) -> TokenVectors:
+    r"""Gaussian noising :math:`z = x + \sigma w`, :math:`w \sim \mathcal{N}(0, I)`;
+    sigma is per coordinate.
 
     Raises ``ValueError`` if sigma < 0.  Book: :ref:`ch-denoising`.
     """
     if not sigma >= 0:
         raise ValueError(f"sigma must be >= 0, got {sigma}")
-    return x + sigma * torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+    return x + sigma * torch.randn(
+        x.shape, generator=generator, dtype=x.dtype, device=x.device
+    )
 
 
-def tweedie(z: TokenVectors, score: TokenVectors, sigma: float | Tensor) -> TokenVectors:
-    r"""Tweedie's formula :math:`\mathbb{E}[x \mid z] = z + \sigma^2 \nabla_z \log p_\sigma(z)` for Gaussian noise.
+def tweedie(
+    z: TokenVectors, score: TokenVectors, sigma: float | Tensor
+) -> TokenVectors:
+    r"""Tweedie's formula :math:`\mathbb{E}[x \mid z] = z + \sigma^2 \nabla_z \log
+    p_\sigma(z)` for Gaussian noise.
 
     Parameters
     ----------
     z : (..., d) noisy tokens.
     score : (..., d) the score of the *noisy* density at z.
-    sigma : noise standard deviation per coordinate, a number or a tensor of shape (...).
+    sigma : noise standard deviation per coordinate, a number or a tensor of shape
+        (...).
 
     Raises
     ------
@@ -37,18 +47,22 @@ def tweedie(z: TokenVectors, score: TokenVectors, sigma: float | Tensor) -> Toke
     Book: :ref:`ch-denoising`.
     """
     if score.shape != z.shape:
-        raise ValueError(f"the score must have the shape of z, {tuple(z.shape)}, got {tuple(score.shape)}")
+        raise ValueError(
+            f"the score must have the shape of z, {tuple(z.shape)}, got {tuple(score.shape)}"
+        )
     variance = torch.as_tensor(sigma, dtype=z.dtype, device=z.device)[..., None] ** 2
     return z + variance * score
 
 
 def project(z: TokenVectors, basis: Tensor) -> TokenVectors:
-    r"""Orthogonal projection :math:`U U^\top z` on one subspace, or on token i's own subspace.
+    r"""Orthogonal projection :math:`U U^\top z` on one subspace, or on token i's own
+    subspace.
 
     Parameters
     ----------
     z : (..., d) tokens.
-    basis : (d, p), or (..., d, p) with one basis per token (``bases[labels]``); orthonormal columns.
+    basis : (d, p), or (..., d, p) with one basis per token (``bases[labels]``);
+        orthonormal columns.
 
     Raises
     ------
@@ -58,39 +72,52 @@ def project(z: TokenVectors, basis: Tensor) -> TokenVectors:
     Book: :ref:`ch-denoising`.
     """
     if basis.ndim < 2 or basis.shape[-2] != z.shape[-1]:
-        raise ValueError(f"basis must be (..., {z.shape[-1]}, p) for tokens {tuple(z.shape)}, got {tuple(basis.shape)}")
+        raise ValueError(
+            f"basis must be (..., {z.shape[-1]}, p) for tokens {tuple(z.shape)}, got {tuple(basis.shape)}"
+        )
     check_orthonormal(basis.reshape(-1, *basis.shape[-2:]))
     coordinates = basis.mT @ z[..., None]
     return (basis @ coordinates)[..., 0]
 
 
 def nearest_subspace(z: TokenVectors, bases: Bases) -> SubspaceIndex:
-    r"""Index of the subspace nearest to each token, :math:`\argmax_k \|U_k^\top z\|`, shape (...).
+    r"""Index of the subspace nearest to each token, :math:`\argmax_k \|U_k^\top z\|`,
+    shape (...).
 
-    Raises ``ValueError`` if the bases are not orthonormal or do not fit.  Book: :ref:`ch-denoising`.
+    Raises ``ValueError`` if the bases are not orthonormal or do not fit.  Book:
+    :ref:`ch-denoising`.
     """
     check_orthonormal(bases)
     if bases.shape[1] != z.shape[-1]:
-        raise ValueError(f"bases must be (K, {z.shape[-1]}, p) for tokens {tuple(z.shape)}, got {tuple(bases.shape)}")
+        raise ValueError(
+            f"bases must be (K, {z.shape[-1]}, p) for tokens {tuple(z.shape)}, got {tuple(bases.shape)}"
+        )
     return torch.einsum("...d,kdp->...kp", z, bases).square().sum(-1).argmax(-1)
 
 
 def project_nearest(z: TokenVectors, bases: Bases) -> TokenVectors:
-    r"""Projection on the nearest subspace, :math:`U_k U_k^\top z` with :math:`k = \argmax_j \|U_j^\top z\|`.
+    r"""Projection on the nearest subspace, :math:`U_k U_k^\top z` with :math:`k =
+    \argmax_j \|U_j^\top z\|`.
 
-    The limit of the posterior mean of a mixture with equal ranks as the noise vanishes, for almost every z.
+    The limit of the posterior mean of a mixture with equal ranks as the noise vanishes,
+    for almost every z.
 
-    Raises ``ValueError`` if the bases are not orthonormal or do not fit.  Book: :ref:`ch-denoising`.
+    Raises ``ValueError`` if the bases are not orthonormal or do not fit.  Book:
+    :ref:`ch-denoising`.
     """
     nearest = bases[nearest_subspace(z, bases)]  # (..., d, p)
     return (nearest @ (nearest.mT @ z[..., None]))[..., 0]
 
 
-def noise_left(estimate: TokenVectors, noisy: TokenVectors, clean: TokenVectors) -> float:
-    r"""Share of the noise energy that a denoiser leaves, :math:`\|\hat X - X\|_F^2 / \|Z - X\|_F^2`.
+def noise_left(
+    estimate: TokenVectors, noisy: TokenVectors, clean: TokenVectors
+) -> float:
+    r"""Share of the noise energy that a denoiser leaves, :math:`\|\hat X - X\|_F^2 /
+    \|Z - X\|_F^2`.
 
-    One: nothing was gained.  Zero: the clean signal was returned.  Above one: harm.  For isotropic noise and small
-    sigma, projecting on the true subspace leaves about p/d.
+    One: nothing was gained.  Zero: the clean signal was returned.  Above one: harm.
+    For isotropic noise and small sigma, projecting on the true subspace leaves about
+    p/d.
 
     Raises
     ------

@@ -1,6 +1,8 @@
-r"""Forward noising, its two reversals with the exact score, and the structured diffusion ODE with its exact solution.
+r"""Forward noising, its two reversals with the exact score, and the structured
+diffusion ODE with its exact solution.
 
-One integrator, :func:`crate_core.theory.integrators.integrate`, serves every ordinary differential equation here.
+One integrator, :func:`crate_core.theory.integrators.integrate`, serves every ordinary
+differential equation here.
 
 Book: :ref:`ch-diffusion` and :ref:`ch-structured-ode`.
 """
@@ -15,37 +17,58 @@ from torch import Tensor
 
 from crate_core.shapes import Bases, Tokens, TokenVectors
 from crate_core.theory.integrators import Field, integrate
-from crate_core.theory.mixture import ORTHONORMALITY_TOLERANCE, LowRankGaussianMixture, check_orthonormal, coherence
-from crate_core.theory.rate import check_bases, check_eps, head_coordinates, subspace_beta, subspace_coding_rate_grad
+from crate_core.theory.mixture import (
+    ORTHONORMALITY_TOLERANCE,
+    LowRankGaussianMixture,
+    check_orthonormal,
+    coherence,
+)
+from crate_core.theory.rate import (
+    check_bases,
+    check_eps,
+    head_coordinates,
+    subspace_beta,
+    subspace_coding_rate_grad,
+)
 
 # Forward noising and its reversals: the clock is the noise level sigma, per coordinate.
 
 
 def noise_levels(sigma_from: float, sigma_to: float, steps: int) -> Tensor:
-    r"""Geometric grid :math:`\sigma_i = \sigma_{\mathrm{from}} (\sigma_{\mathrm{to}} / \sigma_{\mathrm{from}})^{i/S}`.
+    r"""Geometric grid :math:`\sigma_i = \sigma_{\mathrm{from}} (\sigma_{\mathrm{to}} /
+    \sigma_{\mathrm{from}})^{i/S}`.
 
     Float64, shape (steps + 1,), both ends included exactly.
 
-    Raises ``ValueError`` unless both levels are positive and different, and steps >= 1.  Book: :ref:`ch-diffusion`.
+    Raises ``ValueError`` unless both levels are positive and different, and steps >= 1.
+    Book: :ref:`ch-diffusion`.
     """
     if not (sigma_from > 0 and sigma_to > 0) or sigma_from == sigma_to:
-        raise ValueError(f"noise levels must be positive and different, got {sigma_from} and {sigma_to}")
+        raise ValueError(
+            f"noise levels must be positive and different, got {sigma_from} and {sigma_to}"
+        )
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
-    levels = torch.logspace(math.log10(sigma_from), math.log10(sigma_to), steps + 1, dtype=torch.float64)
+    levels = torch.logspace(
+        math.log10(sigma_from), math.log10(sigma_to), steps + 1, dtype=torch.float64
+    )
     levels[0], levels[-1] = sigma_from, sigma_to
     return levels
 
 
 def forward_noising(
-    x: TokenVectors, sigmas: Sequence[float] | Tensor, generator: torch.Generator | None = None
+    x: TokenVectors,
+    sigmas: Sequence[float] | Tensor,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
-    r"""One path of the variance-exploding process :math:`dx = \sqrt{d\sigma^2/dt}\; dw`, seen at given noise levels.
+    r"""One path of the variance-exploding process :math:`dx = \sqrt{d\sigma^2/dt}\;
+    dw`, seen at given noise levels.
 
     .. math:: x_i = x_{i-1} + \sqrt{\sigma_i^2 - \sigma_{i-1}^2}\; w_i, \qquad w_i \sim \mathcal{N}(0, I), \quad
         \sigma_{-1} = 0,
 
-    so that :math:`x_i - x \sim \mathcal{N}(0, \sigma_i^2 I)` at each level, and the path is Markov.
+    so that :math:`x_i - x \sim \mathcal{N}(0, \sigma_i^2 I)` at each level, and the
+    path is Markov.
 
     Parameters
     ----------
@@ -56,22 +79,28 @@ def forward_noising(
     -------
     tensor (S, ..., d).
 
-    Raises ``ValueError`` if the levels are negative or decrease.  Book: :ref:`ch-diffusion`.
+    Raises ``ValueError`` if the levels are negative or decrease.  Book:
+    :ref:`ch-diffusion`.
     """
     variances = torch.as_tensor(sigmas, dtype=x.dtype, device=x.device) ** 2
     increments = torch.diff(variances, prepend=variances.new_zeros(1))
     if bool((torch.as_tensor(sigmas) < 0).any()) or bool((increments < 0).any()):
-        raise ValueError(f"noise levels must be nonnegative and nondecreasing, got {list(map(float, sigmas))}")
-    w = torch.randn(len(increments), *x.shape, generator=generator, dtype=x.dtype, device=x.device)
+        raise ValueError(
+            f"noise levels must be nonnegative and nondecreasing, got {list(map(float, sigmas))}"
+        )
+    w = torch.randn(
+        len(increments), *x.shape, generator=generator, dtype=x.dtype, device=x.device
+    )
     scale = increments.sqrt().reshape(-1, *[1] * x.ndim)
     return x + torch.cumsum(scale * w, dim=0)
 
 
 def probability_flow_field(mixture: LowRankGaussianMixture) -> Field:
-    r"""The field :math:`dz/d\sigma = -\sigma\, \nabla \log p_\sigma(z) = (z - \mathbb{E}[x \mid z]) / \sigma`.
+    r"""The field :math:`dz/d\sigma = -\sigma\, \nabla \log p_\sigma(z) = (z -
+    \mathbb{E}[x \mid z]) / \sigma`.
 
-    For :func:`crate_core.theory.integrators.integrate` over noise levels, downwards from noise to samples.
-    Book: :ref:`ch-diffusion`.
+    For :func:`crate_core.theory.integrators.integrate` over noise levels, downwards
+    from noise to samples. Book: :ref:`ch-diffusion`.
     """
     return lambda sigma, z: -sigma * mixture.score(z, sigma)
 
@@ -84,13 +113,14 @@ def probability_flow(
     steps: int,
     method: str = "heun",
 ) -> TokenVectors:
-    r"""Carry tokens from noise level to noise level along the probability-flow ODE with the exact score,
+    r"""Carry tokens from noise level to noise level along the probability-flow ODE with
+    the exact score,
 
     .. math:: \frac{dz}{d\sigma} = -\sigma\, \nabla \log p_\sigma(z).
 
-    If z is distributed as the mixture plus noise of level ``sigma_from``, the result is distributed as the mixture
-    plus noise of level ``sigma_to``, up to the error of the integrator; deterministic, and ``sigma_to > sigma_from``
-    runs it the other way.
+    If z is distributed as the mixture plus noise of level ``sigma_from``, the result is
+    distributed as the mixture plus noise of level ``sigma_to``, up to the error of the
+    integrator; deterministic, and ``sigma_to > sigma_from`` runs it the other way.
 
     Parameters
     ----------
@@ -104,11 +134,17 @@ def probability_flow(
     -------
     tensor (..., d), the tokens at ``sigma_to``.
 
-    Raises ``ValueError`` for levels that are not positive, steps < 1, or an unknown method.
+    Raises ``ValueError`` for levels that are not positive, steps < 1, or an unknown
+    method.
 
     Book: :ref:`ch-diffusion`, :eq:`eq-diff-pf`, :prf:ref:`thm-diff-back`.
     """
-    return integrate(probability_flow_field(mixture), z, noise_levels(sigma_from, sigma_to, steps), method)[-1]
+    return integrate(
+        probability_flow_field(mixture),
+        z,
+        noise_levels(sigma_from, sigma_to, steps),
+        method,
+    )[-1]
 
 
 def reverse_sde(
@@ -119,22 +155,26 @@ def reverse_sde(
     steps: int,
     generator: torch.Generator | None = None,
 ) -> TokenVectors:
-    r"""Carry tokens down in noise level along the reverse SDE with the exact score, by ancestral steps,
+    r"""Carry tokens down in noise level along the reverse SDE with the exact score, by
+    ancestral steps,
 
     .. math:: z' = z + (\sigma^2 - \sigma'^2)\, \nabla \log p_\sigma(z)
         + \frac{\sigma'}{\sigma}\sqrt{\sigma^2 - \sigma'^2}\; w, \qquad w \sim \mathcal{N}(0, I).
 
-    The drift is Euler--Maruyama's; the noise carries the factor :math:`\sigma'/\sigma \to 1` that makes a step exact
-    where the clean token is certain.  Same marginals as :func:`probability_flow`, other paths.
+    The drift is Euler--Maruyama's; the noise carries the factor :math:`\sigma'/\sigma
+    \to 1` that makes a step exact where the clean token is certain.  Same marginals as
+    :func:`probability_flow`, other paths.
 
     Parameters
     ----------
     mixture : the density whose score drives the process.
     z : tensor (..., d).
-    sigma_from, sigma_to : positive noise levels per coordinate, ``sigma_to < sigma_from``.
+    sigma_from, sigma_to : positive noise levels per coordinate, ``sigma_to <
+        sigma_from``.
     steps : number of steps, on the geometric grid of :func:`noise_levels`.
 
-    Raises ``ValueError`` if the levels are not positive and decreasing, or steps < 1.  Book: :ref:`ch-diffusion`.
+    Raises ``ValueError`` if the levels are not positive and decreasing, or steps < 1.
+    Book: :ref:`ch-diffusion`.
     """
     if sigma_to >= sigma_from:
         raise ValueError(
@@ -154,24 +194,32 @@ def reverse_sde(
 def structured_field(bases: Bases, eps: float) -> Field:
     r"""The field :math:`dZ/dt = -\nabla R^c(Z \mid U_{[K]})`, the same at all times.
 
-    For any bases; tokens (..., n, d) move together as one set of n.  Book: :ref:`ch-structured-ode`.
+    For any bases; tokens (..., n, d) move together as one set of n.  Book:
+    :ref:`ch-structured-ode`.
     """
     return lambda _t, z: -subspace_coding_rate_grad(z, bases, eps)
 
 
-def structured_flow(z: Tokens, bases: Bases, eps: float, time: float, steps: int, method: str = "euler") -> Tokens:
-    r"""Integrate the structured diffusion ODE :math:`dZ/dt = -\nabla R^c(Z \mid U_{[K]})` numerically.
+def structured_flow(
+    z: Tokens, bases: Bases, eps: float, time: float, steps: int, method: str = "euler"
+) -> Tokens:
+    r"""Integrate the structured diffusion ODE :math:`dZ/dt = -\nabla R^c(Z \mid
+    U_{[K]})` numerically.
 
-    An Euler step of length :math:`\kappa` = time / steps is one layer :math:`Z - \kappa \nabla R^c(Z)`; negative time
-    runs the flow backwards, and its Euler step :math:`Z + \kappa \nabla R^c(Z)` is the explicit decoder layer.
+    An Euler step of length :math:`\kappa` = time / steps is one layer :math:`Z - \kappa
+    \nabla R^c(Z)`; negative time runs the flow backwards, and its Euler step :math:`Z +
+    \kappa \nabla R^c(Z)` is the explicit decoder layer.
 
     Parameters
     ----------
-    z : tensor (..., n, d), sets of n tokens as rows; n is the number of tokens that share :math:`R^c`.
+    z : tensor (..., n, d), sets of n tokens as rows; n is the number of tokens that
+        share :math:`R^c`.
     bases : tensor (K, d, p), orthonormal or not.
-    eps : coding precision, > 0, as in :func:`crate_core.theory.rate.subspace_coding_rate`.
+    eps : coding precision, > 0, as in
+        :func:`crate_core.theory.rate.subspace_coding_rate`.
     time : any number; 0 returns z.
-    steps : number of steps (with ``"dop853"``: of reported times; its steps are its own).
+    steps : number of steps (with ``"dop853"``: of reported times; its steps are its
+        own).
     method : as :func:`crate_core.theory.integrators.integrate`.
 
     Returns
@@ -196,13 +244,14 @@ def structured_flow(z: Tokens, bases: Bases, eps: float, time: float, steps: int
 
 
 def flow_singular_values(singular: Tensor, beta: float, time: float) -> Tensor:
-    r"""Solve :math:`\dot s = -\beta s / (1 + \beta s^2)` exactly, for all entries at once,
+    r"""Solve :math:`\dot s = -\beta s / (1 + \beta s^2)` exactly, for all entries at
+    once,
 
     .. math:: s(t) = \sqrt{\omega\big(\ln(\beta s_0^2) + \beta s_0^2 - 2 \beta t\big) / \beta},
 
-    with :math:`\omega` the Wright omega function, :math:`\omega + \ln \omega = x`.  No digits are lost where Lambert's
-    :math:`W(e^x)` overflows (large :math:`\beta s_0^2`) or :math:`\omega` underflows (tiny s(t)); zero stays zero.
-    Negative time reverses.
+    with :math:`\omega` the Wright omega function, :math:`\omega + \ln \omega = x`.  No
+    digits are lost where Lambert's :math:`W(e^x)` overflows (large :math:`\beta s_0^2`)
+    or :math:`\omega` underflows (tiny s(t)); zero stays zero. Negative time reverses.
 
     Parameters
     ----------
@@ -222,19 +271,26 @@ def flow_singular_values(singular: Tensor, beta: float, time: float) -> Tensor:
     Book: :ref:`ch-structured-ode`, :eq:`eq-sode-omega`, :prf:ref:`thm-sode-closed`.
     """
     if not beta > 0 or not math.isfinite(time):
-        raise ValueError(f"need beta > 0 and a finite time, got beta = {beta}, time = {time}")
+        raise ValueError(
+            f"need beta > 0 and a finite time, got beta = {beta}, time = {time}"
+        )
     if bool((singular < 0).any()):
-        raise ValueError(f"singular values must be nonnegative, the smallest is {float(singular.min())}")
+        raise ValueError(
+            f"singular values must be nonnegative, the smallest is {float(singular.min())}"
+        )
     start = singular.detach().double().cpu()
     energy = beta * start**2  # beta s_0^2, and its logarithm without underflow
     exponent = math.log(beta) + 2 * start.log() + energy - 2 * beta * time
-    from scipy.special import wrightomega  # here, because scipy would double the time of `import crate_core`
+    # here, because scipy would double the time of `import crate_core`
+    from scipy.special import wrightomega
 
     omega = torch.from_numpy(np.asarray(wrightomega(exponent.numpy())))
-    # omega = exp(exponent - omega): below exponent = 0 this form keeps digits that omega itself loses to underflow.
+    # omega = exp(exponent - omega): below exponent = 0 this form keeps digits that
+    # omega itself loses to underflow.
     small = start * torch.exp((energy - 2 * beta * time - omega) / 2)
     end = torch.where(exponent < 0, small, (omega / beta).sqrt())
-    end = torch.where(energy.isinf(), start, end)  # s^2 changes by about 2 t: nothing beside 1e308 / beta
+    # s^2 changes by about 2 t: nothing beside 1e308 / beta
+    end = torch.where(energy.isinf(), start, end)
     return torch.where(start > 0, end, 0.0).to(singular)
 
 
@@ -243,19 +299,24 @@ def flow_derivative(singular: Tensor, beta: float, time: float) -> Tensor:
 
     .. math:: \frac{d s(t)}{d s_0} = \frac{s(t)\, (1 + \beta s_0^2)}{s_0\, (1 + \beta s(t)^2)}.
 
-    Its reciprocal is the factor by which inverting the flow multiplies an error in s(t): at most
-    :math:`e^{\beta t}`, reached as :math:`s_0 \to 0`.
+    Its reciprocal is the factor by which inverting the flow multiplies an error in
+    s(t): at most :math:`e^{\beta t}`, reached as :math:`s_0 \to 0`.
 
-    Parameters and errors as :func:`flow_singular_values`, with ``singular`` positive.  Book: :ref:`ch-structured-ode`.
+    Parameters and errors as :func:`flow_singular_values`, with ``singular`` positive.
+    Book: :ref:`ch-structured-ode`.
     """
     if not bool((singular > 0).all()):
-        raise ValueError(f"singular values must be positive, the smallest is {float(singular.min())}")
+        raise ValueError(
+            f"singular values must be positive, the smallest is {float(singular.min())}"
+        )
     end = flow_singular_values(singular, beta, time)
     return end / singular * (1 + beta * singular**2) / (1 + beta * end**2)
 
 
 def check_mutually_orthogonal(bases: Bases) -> None:
-    """Raise ``ValueError`` unless every basis is orthonormal and every two subspaces are orthogonal."""
+    """Raise ``ValueError`` unless every basis is orthonormal and every two subspaces
+    are orthogonal.
+    """
     check_orthonormal(bases)
     cosine = coherence(bases) if len(bases) > 1 else 0.0
     if not cosine <= ORTHONORMALITY_TOLERANCE:
@@ -266,19 +327,24 @@ def check_mutually_orthogonal(bases: Bases) -> None:
 
 
 def exact_structured_flow(z: Tokens, bases: Bases, eps: float, time: float) -> Tokens:
-    r"""The structured diffusion ODE solved in closed form, for mutually orthogonal subspaces.
+    r"""The structured diffusion ODE solved in closed form, for mutually orthogonal
+    subspaces.
 
-    With :math:`U_k^\top Z = Q_k \mathrm{diag}(s_k) R_k^\top` and :math:`\beta = p / (n \varepsilon^2)`,
+    With :math:`U_k^\top Z = Q_k \mathrm{diag}(s_k) R_k^\top` and :math:`\beta = p / (n
+    \varepsilon^2)`,
 
     .. math:: Z(t) = \Big(I - \sum_k U_k U_k^\top\Big) Z + \sum_k U_k Q_k \,\mathrm{diag}\big(s_k(t)\big) R_k^\top,
 
-    with s(t) from :func:`flow_singular_values`: singular vectors, and what lies outside all subspaces, do not move.
+    with s(t) from :func:`flow_singular_values`: singular vectors, and what lies outside
+    all subspaces, do not move.
 
     Parameters
     ----------
-    z : tensor (..., n, d), sets of n tokens as rows; n is the number of tokens that share :math:`R^c`.
+    z : tensor (..., n, d), sets of n tokens as rows; n is the number of tokens that
+        share :math:`R^c`.
     bases : tensor (K, d, p), orthonormal columns, mutually orthogonal subspaces.
-    eps : coding precision, > 0, as in :func:`crate_core.theory.rate.subspace_coding_rate`.
+    eps : coding precision, > 0, as in
+        :func:`crate_core.theory.rate.subspace_coding_rate`.
     time : any finite number; negative time reverses.
 
     Returns
@@ -303,31 +369,40 @@ def exact_structured_flow(z: Tokens, bases: Bases, eps: float, time: float) -> T
     return (z.detach().double() + ((moved - coordinates) @ frames.mT).sum(-3)).to(z)
 
 
-def invert_euler(z: Tokens, bases: Bases, eps: float, time: float, steps: int) -> Tokens:
-    r"""Undo :func:`structured_flow` with Euler steps exactly: solve :math:`Z - \kappa \nabla R^c(Z) = Z'` step by step.
+def invert_euler(
+    z: Tokens, bases: Bases, eps: float, time: float, steps: int
+) -> Tokens:
+    r"""Undo :func:`structured_flow` with Euler steps exactly: solve :math:`Z - \kappa
+    \nabla R^c(Z) = Z'` step by step.
 
-    The implicit decoder layer, by the fixed-point iteration :math:`Z \leftarrow Z' + \kappa \nabla R^c(Z)`, a
-    contraction with factor :math:`c = \kappa \beta \|\sum_k U_k U_k^\top\|_2`, run until a power of c is below machine
-    precision.  (:func:`structured_flow` with negative time is the explicit layer, one iteration of this.)
+    The implicit decoder layer, by the fixed-point iteration :math:`Z \leftarrow Z' +
+    \kappa \nabla R^c(Z)`, a contraction with factor :math:`c = \kappa \beta \|\sum_k
+    U_k U_k^\top\|_2`, run until a power of c is below machine precision.
+    (:func:`structured_flow` with negative time is the explicit layer, one iteration of
+    this.)
 
     Parameters
     ----------
     z : tensor (..., n, d), what ``structured_flow(..., time, steps)`` returned.
     bases, eps, time, steps : as they were there; time > 0.
 
-    Raises ``ValueError`` if time <= 0, steps < 1, or c >= 1, where the iteration need not converge and a layer need
-    not be injective.
+    Raises ``ValueError`` if time <= 0, steps < 1, or c >= 1, where the iteration need
+    not converge and a layer need not be injective.
 
     Book: :ref:`ch-structured-ode`.
     """
     check_bases(z, bases)
     if steps < 1 or not time > 0:
-        raise ValueError(f"need time > 0 and steps >= 1, got time = {time}, steps = {steps}")
+        raise ValueError(
+            f"need time > 0 and steps >= 1, got time = {time}, steps = {steps}"
+        )
     kappa = time / steps
     overlap = float(torch.linalg.matrix_norm((bases @ bases.mT).sum(0), ord=2))
     factor = kappa * subspace_beta(z.shape[-2], bases.shape[-1], eps) * overlap
     if factor >= 1:
-        raise ValueError(f"each step must be a contraction: kappa * beta * |sum U U^T| = {factor:.3g}, need < 1")
+        raise ValueError(
+            f"each step must be a contraction: kappa * beta * |sum U U^T| = {factor:.3g}, need < 1"
+        )
     iterations = math.ceil(math.log(torch.finfo(z.dtype).eps) / math.log(factor))
     for _ in range(steps):
         target = z
@@ -337,14 +412,18 @@ def invert_euler(z: Tokens, bases: Bases, eps: float, time: float, steps: int) -
 
 
 def round_trip_bound(c: float, steps: int) -> float:
-    r"""Bound on the relative error of L explicit encoder steps followed by L explicit decoder steps,
+    r"""Bound on the relative error of L explicit encoder steps followed by L explicit
+    decoder steps,
 
     .. math:: \|\hat Z - Z\|_F \le \big((1 - c^2)^{-L} - 1\big)\, \|P Z\|_F, \qquad c = \kappa\beta < 1,
 
     for mutually orthogonal subspaces, with P the projection on their sum.
 
-    ``ValueError`` unless 0 <= c < 1 and steps >= 1.  Book: :ref:`ch-structured-ode`, :prf:ref:`thm-sode-round-trip`.
+    ``ValueError`` unless 0 <= c < 1 and steps >= 1.  Book: :ref:`ch-structured-ode`,
+    :prf:ref:`thm-sode-round-trip`.
     """
     if not 0 <= c < 1 or steps < 1:
-        raise ValueError(f"need 0 <= c < 1 and steps >= 1, got c = {c}, steps = {steps}")
+        raise ValueError(
+            f"need 0 <= c < 1 and steps >= 1, got c = {c}, steps = {steps}"
+        )
     return math.expm1(-steps * math.log1p(-(c**2)))

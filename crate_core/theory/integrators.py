@@ -1,4 +1,5 @@
-"""One interface for solving ordinary differential equations: fixed steps of order 1, 2 and 4, and an adaptive method.
+"""One interface for solving ordinary differential equations: fixed steps of order 1, 2
+and 4, and an adaptive method.
 
 Book: :ref:`ch-diffusion`.
 """
@@ -38,7 +39,9 @@ METHODS = (*_STEPS, "dop853")
 
 
 def _dop853(field: Field, z: Tensor, times: list[float]) -> Tensor:
-    """SciPy's DOP853, reported at every time; tolerances near the rounding of z's dtype (else it chases noise)."""
+    """SciPy's DOP853, reported at every time; tolerances near the rounding of z's dtype
+    (else it chases noise).
+    """
 
     def flat_field(t: float, flat: np.ndarray) -> np.ndarray:
         state = torch.from_numpy(flat).reshape(z.shape).to(z)
@@ -46,10 +49,17 @@ def _dop853(field: Field, z: Tensor, times: list[float]) -> Tensor:
 
     tolerance = 450 * torch.finfo(z.dtype).eps
     start = z.detach().double().cpu().numpy().ravel()
-    from scipy.integrate import solve_ivp  # here, because scipy would double the time of `import crate_core`
+    # here, because scipy would double the time of `import crate_core`
+    from scipy.integrate import solve_ivp
 
     solution = solve_ivp(
-        flat_field, (times[0], times[-1]), start, method="DOP853", t_eval=times, rtol=tolerance, atol=tolerance
+        flat_field,
+        (times[0], times[-1]),
+        start,
+        method="DOP853",
+        t_eval=times,
+        rtol=tolerance,
+        atol=tolerance,
     )
     if not solution.success:
         raise RuntimeError(
@@ -58,17 +68,21 @@ def _dop853(field: Field, z: Tensor, times: list[float]) -> Tensor:
     return torch.from_numpy(solution.y.T.copy()).reshape(len(times), *z.shape).to(z)
 
 
-def integrate(field: Field, z: Tensor, times: Sequence[float] | Tensor, method: str = "euler") -> Tensor:
+def integrate(
+    field: Field, z: Tensor, times: Sequence[float] | Tensor, method: str = "euler"
+) -> Tensor:
     r"""Solve :math:`\dot z = f(t, z)` from ``times[0]`` on and return the whole path.
 
     Parameters
     ----------
     field : callable, ``field(t, z)`` returns dz/dt with the shape of z.
     z : tensor of any shape, the state at ``times[0]``.
-    times : T >= 2 numbers, strictly increasing or strictly decreasing; decreasing times integrate backwards.
-    method : ``"euler"`` (order 1), ``"heun"`` (2) or ``"rk4"`` (4), one step from each time to the next; or
-        ``"dop853"``, SciPy's adaptive method of order 8, for which ``times`` is only where the path is reported; both
-        its tolerances are 450 machine epsilons of z's dtype, 1e-13 in float64.
+    times : T >= 2 numbers, strictly increasing or strictly decreasing; decreasing times
+        integrate backwards.
+    method : ``"euler"`` (order 1), ``"heun"`` (2) or ``"rk4"`` (4), one step from each
+        time to the next; or ``"dop853"``, SciPy's adaptive method of order 8, for which
+        ``times`` is only where the path is reported; both its tolerances are 450
+        machine epsilons of z's dtype, 1e-13 in float64.
 
     Returns
     -------
@@ -88,7 +102,9 @@ def integrate(field: Field, z: Tensor, times: Sequence[float] | Tensor, method: 
     times = [float(t) for t in times]
     steps = [after - before for before, after in pairwise(times)]
     if not steps or not (all(h > 0 for h in steps) or all(h < 0 for h in steps)):
-        raise ValueError(f"times must be at least two numbers, strictly increasing or decreasing, got {times}")
+        raise ValueError(
+            f"times must be at least two numbers, strictly increasing or decreasing, got {times}"
+        )
     if method == "dop853":
         return _dop853(field, z, times)
     path = [z]

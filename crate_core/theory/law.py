@@ -1,7 +1,9 @@
-r"""When the exact gradient of R^c denoises: the bound, the failure bound, and the random-matrix law.
+r"""When the exact gradient of R^c denoises: the bound, the failure bound, and the
+random-matrix law.
 
-Tokens are rows, ``z`` of shape (..., n, d); the subspaces are mutually orthogonal in every function of this module.
-Pure functions; beta = p / (n eps^2) as in :func:`crate_core.theory.rate.subspace_beta`.
+Tokens are rows, ``z`` of shape (..., n, d); the subspaces are mutually orthogonal in
+every function of this module. Pure functions; beta = p / (n eps^2) as in
+:func:`crate_core.theory.rate.subspace_beta`.
 
 Book: :ref:`ch-compression-denoising`.
 """
@@ -13,33 +15,59 @@ from torch import Tensor
 
 from crate_core.shapes import Bases, Labels, PerToken, Tokens
 from crate_core.theory.mixture import ORTHONORMALITY_TOLERANCE, check_orthonormal
-from crate_core.theory.rate import check_bases, check_eps, head_coordinates, subspace_beta, subspace_coding_rate_grad
+from crate_core.theory.rate import (
+    check_bases,
+    check_eps,
+    head_coordinates,
+    subspace_beta,
+    subspace_coding_rate_grad,
+)
 
 
 def check_orthogonal_subspaces(bases: Bases) -> None:
-    """Raise ``ValueError`` unless the bases are orthonormal and their subspaces mutually orthogonal."""
+    """Raise ``ValueError`` unless the bases are orthonormal and their subspaces
+    mutually orthogonal.
+    """
     check_orthonormal(bases)
     components, dim, rank = bases.shape
     frame = bases.permute(1, 0, 2).reshape(dim, components * rank)
     gram = frame.mT @ frame
-    error = float((gram - torch.eye(components * rank, dtype=gram.dtype, device=gram.device)).abs().max())
+    error = float(
+        (gram - torch.eye(components * rank, dtype=gram.dtype, device=gram.device))
+        .abs()
+        .max()
+    )
     if not error <= ORTHONORMALITY_TOLERANCE:
-        raise ValueError(f"the subspaces must be mutually orthogonal, but an entry of U_j^T U_k is {error:.3g}")
+        raise ValueError(
+            f"the subspaces must be mutually orthogonal, but an entry of U_j^T U_k is {error:.3g}"
+        )
 
 
 def check_labels(z: Tokens, bases: Bases, labels: Labels) -> None:
-    """Raise ``ValueError`` unless there is one label in [0, K) for each of the n tokens."""
+    """Raise ``ValueError`` unless there is one label in [0, K) for each of the n
+    tokens.
+    """
     check_bases(z, bases)
     components = bases.shape[0]
-    if labels.shape != z.shape[-2:-1] or int(labels.min()) < 0 or int(labels.max()) >= components:
-        raise ValueError(f"labels must be {z.shape[-2]} integers in [0, {components}), got {tuple(labels.shape)}")
+    if (
+        labels.shape != z.shape[-2:-1]
+        or int(labels.min()) < 0
+        or int(labels.max()) >= components
+    ):
+        raise ValueError(
+            f"labels must be {z.shape[-2]} integers in [0, {components}), got {tuple(labels.shape)}"
+        )
 
 
-def noise_direction(z: Tokens, bases: Bases, labels: Labels, *, within_span: bool = False) -> Tokens:
-    r"""The part of each token outside its own subspace, :math:`z_i - U_{s_i} U_{s_i}^\top z_i`.
+def noise_direction(
+    z: Tokens, bases: Bases, labels: Labels, *, within_span: bool = False
+) -> Tokens:
+    r"""The part of each token outside its own subspace, :math:`z_i - U_{s_i}
+    U_{s_i}^\top z_i`.
 
-    Subtracting it projects the token on its subspace.  With ``within_span`` only what lies in the span of all the
-    subspaces, :math:`r_i = \sum_{k \ne s_i} U_k U_k^\top z_i`: all that the gradient of R^c can ever see.
+    Subtracting it projects the token on its subspace.  With ``within_span`` only what
+    lies in the span of all the subspaces, :math:`r_i = \sum_{k \ne s_i} U_k U_k^\top
+    z_i`: all that the gradient of R^c can ever see.
 
     Parameters
     ----------
@@ -65,14 +93,16 @@ def noise_direction(z: Tokens, bases: Bases, labels: Labels, *, within_span: boo
     """
     check_labels(z, bases, labels)
     v = head_coordinates(z, bases)  # (..., K, n, p)
-    own = labels == torch.arange(bases.shape[0], device=labels.device)[:, None]  # (K, n)
+    # (K, n)
+    own = labels == torch.arange(bases.shape[0], device=labels.device)[:, None]
     if within_span:
         return (v.masked_fill(own[..., None], 0.0) @ bases.mT).sum(-3)
     return z - (v.masked_fill(~own[..., None], 0.0) @ bases.mT).sum(-3)
 
 
 def denoising_cosine(z: Tokens, bases: Bases, labels: Labels, eps: float) -> PerToken:
-    r"""Cosine between :math:`\nabla_{z_i} R^c` and the noise direction :math:`z_i - U_{s_i} U_{s_i}^\top z_i`.
+    r"""Cosine between :math:`\nabla_{z_i} R^c` and the noise direction :math:`z_i -
+    U_{s_i} U_{s_i}^\top z_i`.
 
     One: a step against the gradient moves the token straight towards its subspace.
 
@@ -99,11 +129,14 @@ def denoising_cosine(z: Tokens, bases: Bases, labels: Labels, eps: float) -> Per
     Book: :ref:`ch-compression-denoising`.
     """
     target = noise_direction(z, bases, labels)
-    return torch.cosine_similarity(subspace_coding_rate_grad(z, bases, eps), target, dim=-1, eps=0.0)
+    return torch.cosine_similarity(
+        subspace_coding_rate_grad(z, bases, eps), target, dim=-1, eps=0.0
+    )
 
 
 def compression_error(z: Tokens, bases: Bases, labels: Labels, eps: float) -> PerToken:
-    r"""How far the gradient is from the noise it should point at, :math:`\|\nabla_{z_i} R^c/\beta - r_i\| / \|r_i\|`.
+    r"""How far the gradient is from the noise it should point at, :math:`\|\nabla_{z_i}
+    R^c/\beta - r_i\| / \|r_i\|`.
 
     :math:`r_i` is :func:`noise_direction` within the span.
 
@@ -142,9 +175,10 @@ def compression_bound(z: Tokens, bases: Bases, labels: Labels, eps: float) -> Pe
 
     .. math:: \sqrt{\Big(\frac{1+\beta e^2}{\beta\, d_i \|r_i\|}\Big)^2 + \big(\eta_i + \beta e^2\big)^2},
 
-    with e the largest spectral norm of a head's coordinates of tokens that are not its own, :math:`d_i` the distance
-    of a token's own coordinates from the span of those of its class mates, and :math:`\eta_i` the share of
-    :math:`r_i` that lies in the ranges of the other heads' own tokens.
+    with e the largest spectral norm of a head's coordinates of tokens that are not its
+    own, :math:`d_i` the distance of a token's own coordinates from the span of those of
+    its class mates, and :math:`\eta_i` the share of :math:`r_i` that lies in the ranges
+    of the other heads' own tokens.
 
     Parameters
     ----------
@@ -170,7 +204,9 @@ def compression_bound(z: Tokens, bases: Bases, labels: Labels, eps: float) -> Pe
     Book: :ref:`ch-compression-denoising`, :prf:ref:`thm-cd-bound`.
     """
     if z.ndim != 2:
-        raise ValueError(f"the bound takes one set of tokens (n, d), got {tuple(z.shape)}")
+        raise ValueError(
+            f"the bound takes one set of tokens (n, d), got {tuple(z.shape)}"
+        )
     check_labels(z, bases, labels)
     check_orthogonal_subspaces(bases)
     beta = subspace_beta(z.shape[0], bases.shape[-1], eps)
@@ -194,23 +230,27 @@ def compression_bound(z: Tokens, bases: Bases, labels: Labels, eps: float) -> Pe
 
 
 def _range_and_distances(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Orthonormal basis (p, r) of the span of the rows, and each row's distance from the span of the others."""
+    """Orthonormal basis (p, r) of the span of the rows, and each row's distance from
+    the span of the others.
+    """
     count = rows.shape[0]
     left, singular, right = torch.linalg.svd(rows, full_matrices=False)
     kept = singular > singular[0] * max(rows.shape) * torch.finfo(rows.dtype).eps
     if int(kept.sum()) < count:
         return right[kept].mT, rows.new_zeros(count)
-    return right.mT, (left / singular).norm(dim=-1).reciprocal()  # 1/d_i^2 is entry (i, i) of the inverse Gram matrix
+    # 1/d_i^2 is entry (i, i) of the inverse Gram matrix
+    return right.mT, (left / singular).norm(dim=-1).reciprocal()
 
 
 def contraction_bound(z: Tokens, bases: Bases, eps: float) -> tuple[Tensor, Tensor]:
-    r"""How close the gradient is to a pure contraction of the tokens: factor m and relative deviation delta in
+    r"""How close the gradient is to a pure contraction of the tokens: factor m and
+    relative deviation delta in
 
     .. math:: \nabla R^c / \beta = m\,(P Z + \Delta), \quad \|\Delta_i\| \le \delta \|P z_i\|, \qquad
               \delta = \frac{\beta (c_+ - c_-)}{2 + \beta (c_+ + c_-)},
 
-    where :math:`c_\pm` are the extreme eigenvalues of all :math:`V_k V_k^\top` (p x p) and :math:`P` projects on the
-    span of the subspaces.
+    where :math:`c_\pm` are the extreme eigenvalues of all :math:`V_k V_k^\top` (p x p)
+    and :math:`P` projects on the span of the subspaces.
 
     Parameters
     ----------
@@ -241,22 +281,28 @@ def contraction_bound(z: Tokens, bases: Bases, eps: float) -> tuple[Tensor, Tens
     squares = beta * torch.linalg.svdvals(v).square()  # (..., K, min(n, p))
     largest = squares.amax((-2, -1))
     smallest = squares.amin((-2, -1)) if n >= rank else torch.zeros_like(largest)
-    high, low = 1 / (1 + smallest), 1 / (1 + largest)  # extreme eigenvalues of (I + beta V V^T)^{-1}
+    # extreme eigenvalues of (I + beta V V^T)^{-1}
+    high, low = 1 / (1 + smallest), 1 / (1 + largest)
     return (high + low) / 2, (high - low) / (high + low)
 
 
-def denoising_cosine_law(n: int, dim: int, components: int, rank: int, sigma: float, eps: float) -> float:
-    r"""Random-matrix prediction of :func:`denoising_cosine` for n tokens of a balanced mixture,
+def denoising_cosine_law(
+    n: int, dim: int, components: int, rank: int, sigma: float, eps: float
+) -> float:
+    r"""Random-matrix prediction of :func:`denoising_cosine` for n tokens of a balanced
+    mixture,
 
     .. math:: \cos = \sqrt{m\,(1+\beta\gamma S)}\; \frac{\rho\, q_2}{\sqrt{t_1 q_1^2 + \rho^2 q_2^2}}
               \sqrt{\frac{(K-1)\,p}{d-p}},
 
-    with :math:`t_2 = \sigma^2 p`, :math:`t_1 = 1 + t_2`, :math:`q_i = 1/(1+\beta t_i m)`,
-    :math:`\rho^2 = (K-1)\,t_2`, :math:`\gamma = n/(Kp)`, :math:`S = t_1 q_1^2 + (K-1)\, t_2 q_2^2`, and m the
-    solution of :math:`m = 1/(1+\beta\gamma[t_1 q_1 + (K-1)\, t_2 q_2])`.
+    with :math:`t_2 = \sigma^2 p`, :math:`t_1 = 1 + t_2`, :math:`q_i = 1/(1+\beta t_i
+    m)`, :math:`\rho^2 = (K-1)\,t_2`, :math:`\gamma = n/(Kp)`, :math:`S = t_1 q_1^2 +
+    (K-1)\, t_2 q_2^2`, and m the solution of :math:`m = 1/(1+\beta\gamma[t_1 q_1 +
+    (K-1)\, t_2 q_2])`.
 
-    A heuristic (a deterministic equivalent for n, d, p large together), no theorem.  The model: mutually orthogonal
-    subspaces, signal of unit mean squared norm spread evenly over its p directions, isotropic noise.
+    A heuristic (a deterministic equivalent for n, d, p large together), no theorem.
+    The model: mutually orthogonal subspaces, signal of unit mean squared norm spread
+    evenly over its p directions, isotropic noise.
 
     Parameters
     ----------
@@ -285,20 +331,27 @@ def denoising_cosine_law(n: int, dim: int, components: int, rank: int, sigma: fl
     if not sigma > 0:
         raise ValueError(f"sigma must be > 0, got {sigma}")
     if components < 2 or rank < 1 or components * rank > dim:
-        raise ValueError(f"need K >= 2 and K p <= d, got dim={dim}, components={components}, rank={rank}")
+        raise ValueError(
+            f"need K >= 2 and K p <= d, got dim={dim}, components={components}, rank={rank}"
+        )
     beta = subspace_beta(n, rank, eps)
     gamma = n / (components * rank)
     t2 = sigma**2 * rank
     t1 = 1 + t2
     rho_squared = (components - 1) * t2
-    # x = beta m solves x/beta + gamma (t1 x/(1+t1 x) + rho^2 x/(1+t2 x)) = 1: increasing in x, bisected in log x.
+    # x = beta m solves x/beta + gamma (t1 x/(1+t1 x) + rho^2 x/(1+t2 x)) = 1:
+    # increasing in x, bisected in log x.
     low, high = 1 / (1 / beta + gamma * (t1 + rho_squared)), beta
     for _ in range(100):
         x = math.sqrt(low * high)
-        total = x / beta + gamma * (t1 * x / (1 + t1 * x) + rho_squared * x / (1 + t2 * x))
+        total = x / beta + gamma * (
+            t1 * x / (1 + t1 * x) + rho_squared * x / (1 + t2 * x)
+        )
         low, high = (x, high) if total < 1 else (low, x)
     m = x / beta
     q1, q2 = 1 / (1 + t1 * x), 1 / (1 + t2 * x)
     energy = t1 * q1**2 + rho_squared * q2**2
     visible = math.sqrt((components - 1) * rank / (dim - rank))
-    return visible * math.sqrt(m * (1 + beta * gamma * energy) * rho_squared / energy) * q2
+    return (
+        visible * math.sqrt(m * (1 + beta * gamma * energy) * rho_squared / energy) * q2
+    )

@@ -1,4 +1,5 @@
-r"""Mixtures of low-rank Gaussians: sampling, log-density, posterior, exact score and exact denoiser.
+r"""Mixtures of low-rank Gaussians: sampling, log-density, posterior, exact score and
+exact denoiser.
 
 Book: :ref:`ch-mixture` and :ref:`ch-denoising`.
 """
@@ -13,7 +14,9 @@ from torch import Tensor
 from crate_core.shapes import Bases, Labels, PerToken, Posterior, TokenVectors
 
 ORTHONORMALITY_TOLERANCE = 1e-4
-"""Largest entry of ``|U_k^T U_k - I|`` accepted as orthonormal; loose enough for float32 QR at d = 1024."""
+"""Largest entry of ``|U_k^T U_k - I|`` accepted as orthonormal; loose enough for
+float32 QR at d = 1024.
+"""
 
 
 def orthonormality_error(bases: Bases) -> float:
@@ -22,11 +25,17 @@ def orthonormality_error(bases: Bases) -> float:
     Book: :ref:`ch-mixture`.
     """
     gram = bases.mT @ bases
-    return float((gram - torch.eye(bases.shape[-1], dtype=bases.dtype, device=bases.device)).abs().max())
+    return float(
+        (gram - torch.eye(bases.shape[-1], dtype=bases.dtype, device=bases.device))
+        .abs()
+        .max()
+    )
 
 
 def check_orthonormal(bases: Bases) -> None:
-    """Raise ``ValueError`` unless the columns of every basis are orthonormal (to ``ORTHONORMALITY_TOLERANCE``)."""
+    """Raise ``ValueError`` unless the columns of every basis are orthonormal (to
+    ``ORTHONORMALITY_TOLERANCE``).
+    """
     if bases.ndim != 3:
         raise ValueError(f"bases must have shape (K, d, p), got {tuple(bases.shape)}")
     error = orthonormality_error(bases)
@@ -38,9 +47,11 @@ def check_orthonormal(bases: Bases) -> None:
 
 
 def coherence(bases: Bases) -> float:
-    r"""Largest cosine between two different subspaces, :math:`\max_{j \ne k} \|U_j^\top U_k\|_2`.
+    r"""Largest cosine between two different subspaces, :math:`\max_{j \ne k} \|U_j^\top
+    U_k\|_2`.
 
-    Zero when the subspaces are mutually orthogonal, one when two of them share a direction.
+    Zero when the subspaces are mutually orthogonal, one when two of them share a
+    direction.
 
     Parameters
     ----------
@@ -72,10 +83,12 @@ def random_bases(
     generator: torch.Generator | None = None,
     dtype: torch.dtype | None = None,
 ) -> Bases:
-    r"""Uniformly random orthonormal bases :math:`U_1, \dots, U_K \in \mathbb{R}^{d \times p}`.
+    r"""Uniformly random orthonormal bases :math:`U_1, \dots, U_K \in \mathbb{R}^{d
+    \times p}`.
 
-    With ``orthogonal=True`` the subspaces are mutually orthogonal, which needs :math:`Kp \le d`; with ``False`` they
-    are drawn independently; ``None`` makes them mutually orthogonal whenever they fit.
+    With ``orthogonal=True`` the subspaces are mutually orthogonal, which needs
+    :math:`Kp \le d`; with ``False`` they are drawn independently; ``None`` makes them
+    mutually orthogonal whenever they fit.
 
     Raises
     ------
@@ -106,7 +119,9 @@ def random_bases(
 
 @dataclass(frozen=True)
 class MixtureSample:
-    """Tokens drawn from a mixture: ``tokens = clean + noise`` (n, d), ``clean`` (n, d), ``labels`` (n,)."""
+    """Tokens drawn from a mixture: ``tokens = clean + noise`` (n, d), ``clean`` (n, d),
+    ``labels`` (n,).
+    """
 
     tokens: Tensor
     clean: Tensor
@@ -128,12 +143,14 @@ class LowRankGaussianMixture:
     ----------
     bases : (K, d, p), orthonormal columns.
     weights : (K,), positive, summing to one; ``None`` means uniform.
-    scales : standard deviation of each coordinate of a: a number, (K,) or (K, p), not negative; ``None`` means
-        1/sqrt(p), which gives the clean signal unit mean squared norm.  A zero drops that direction, so subspaces
-        of different ranks are written with the largest rank and zeros.
+    scales : standard deviation of each coordinate of a: a number, (K,) or (K, p), not
+        negative; ``None`` means 1/sqrt(p), which gives the clean signal unit mean
+        squared norm.  A zero drops that direction, so subspaces of different ranks are
+        written with the largest rank and zeros.
 
-    ``sigma`` in every method is the noise's standard deviation per coordinate (the noise has norm about
-    sigma * sqrt(d)): a positive number, or a tensor that broadcasts with the leading shape of ``z``.
+    ``sigma`` in every method is the noise's standard deviation per coordinate (the
+    noise has norm about sigma * sqrt(d)): a positive number, or a tensor that
+    broadcasts with the leading shape of ``z``.
 
     Raises
     ------
@@ -142,24 +159,36 @@ class LowRankGaussianMixture:
         wrong shapes.  Methods raise it for tokens of another dimension or dtype, and for a sigma that is not finite,
         not positive, or so small that its square underflows.
 
-    Book: :ref:`ch-mixture`; the score and the denoiser are derived in :ref:`ch-denoising`.
+    Book: :ref:`ch-mixture`; the score and the denoiser are derived in
+    :ref:`ch-denoising`.
     """
 
-    def __init__(self, bases: Bases, weights: Tensor | None = None, scales: Tensor | float | None = None) -> None:
+    def __init__(
+        self,
+        bases: Bases,
+        weights: Tensor | None = None,
+        scales: Tensor | float | None = None,
+    ) -> None:
         check_orthonormal(bases)
         components, _, rank = bases.shape
         like: dict[str, Any] = {"dtype": bases.dtype, "device": bases.device}
         self.bases = bases
         self.weights = (
-            torch.full((components,), 1.0 / components, **like) if weights is None else torch.as_tensor(weights, **like)
+            torch.full((components,), 1.0 / components, **like)
+            if weights is None
+            else torch.as_tensor(weights, **like)
         )
         if (
             self.weights.shape != (components,)
             or not bool((self.weights > 0).all())
             or abs(float(self.weights.sum()) - 1) > 1e-5
         ):
-            raise ValueError(f"weights must be {components} positive numbers that sum to one, got {weights}")
-        scales = torch.as_tensor(1.0 / math.sqrt(rank) if scales is None else scales, **like)
+            raise ValueError(
+                f"weights must be {components} positive numbers that sum to one, got {weights}"
+            )
+        scales = torch.as_tensor(
+            1.0 / math.sqrt(rank) if scales is None else scales, **like
+        )
         accepted = {0: (), 1: (components,), 2: (components, rank)}
         valid = bool(((scales >= 0) & scales.isfinite()).all())
         if scales.shape != accepted.get(scales.ndim) or not valid:
@@ -181,9 +210,18 @@ class LowRankGaussianMixture:
         generator: torch.Generator | None = None,
         dtype: torch.dtype | None = None,
     ) -> "LowRankGaussianMixture":
-        """A mixture with :func:`random_bases`, uniform weights and unit-norm clean signal on average."""
+        """A mixture with :func:`random_bases`, uniform weights and unit-norm clean
+        signal on average.
+        """
         return cls(
-            random_bases(dim, components, rank, orthogonal=orthogonal, generator=generator, dtype=dtype),
+            random_bases(
+                dim,
+                components,
+                rank,
+                orthogonal=orthogonal,
+                generator=generator,
+                dtype=dtype,
+            ),
         )
 
     @property
@@ -216,8 +254,8 @@ class LowRankGaussianMixture:
     ) -> MixtureSample:
         r"""Draw n tokens :math:`z_i = U_{s_i} a_i + \sigma w_i`.
 
-        ``labels`` (n,) fixes the memberships :math:`s_i`; otherwise they are drawn from the weights.  ``sigma = 0``
-        returns the clean signal.
+        ``labels`` (n,) fixes the memberships :math:`s_i`; otherwise they are drawn from
+        the weights.  ``sigma = 0`` returns the clean signal.
 
         Raises
         ------
@@ -231,23 +269,46 @@ class LowRankGaussianMixture:
         if not sigma >= 0:
             raise ValueError(f"sigma must be >= 0, got {sigma}")
         if labels is None:
-            labels = torch.multinomial(self.weights, n, replacement=True, generator=generator)
-        elif labels.shape != (n,) or int(labels.min()) < 0 or int(labels.max()) >= self.components:
-            raise ValueError(f"labels must be {n} integers in [0, {self.components}), got shape {tuple(labels.shape)}")
-        options: dict[str, Any] = {"generator": generator, "dtype": self.bases.dtype, "device": self.bases.device}
-        # Coordinates in all subspaces, zero but for the own one: one product, where bases[labels] would be n x d x p.
+            labels = torch.multinomial(
+                self.weights, n, replacement=True, generator=generator
+            )
+        elif (
+            labels.shape != (n,)
+            or int(labels.min()) < 0
+            or int(labels.max()) >= self.components
+        ):
+            raise ValueError(
+                f"labels must be {n} integers in [0, {self.components}), got shape {tuple(labels.shape)}"
+            )
+        options: dict[str, Any] = {
+            "generator": generator,
+            "dtype": self.bases.dtype,
+            "device": self.bases.device,
+        }
+        # Coordinates in all subspaces, zero but for the own one: one product, where
+        # bases[labels] would be n x d x p.
         coordinates = self.bases.new_zeros(n, self.components, self.rank)
-        coordinates[torch.arange(n), labels] = torch.randn(n, self.rank, **options) * self.scales[labels]
+        coordinates[torch.arange(n), labels] = (
+            torch.randn(n, self.rank, **options) * self.scales[labels]
+        )
         clean = torch.einsum("nkp,kdp->nd", coordinates, self.bases)
         noise = torch.randn(n, self.dim, **options)
         return MixtureSample(tokens=clean + sigma * noise, clean=clean, labels=labels)
 
-    def _split(self, z: TokenVectors, sigma: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Coordinates U_k^T z (..., K, p), residuals z - U_k U_k^T z (..., K, d), variance sigma^2 (..., 1, 1)."""
+    def _split(
+        self, z: TokenVectors, sigma: float | Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Coordinates U_k^T z (..., K, p), residuals z - U_k U_k^T z (..., K, d),
+        variance sigma^2 (..., 1, 1).
+        """
         if z.shape[-1] != self.dim:
-            raise ValueError(f"tokens must have dimension d = {self.dim}, got shape {tuple(z.shape)}")
+            raise ValueError(
+                f"tokens must have dimension d = {self.dim}, got shape {tuple(z.shape)}"
+            )
         if z.dtype != self.bases.dtype:
-            raise ValueError(f"tokens are {z.dtype} and the bases {self.bases.dtype}: convert one of them with .to")
+            raise ValueError(
+                f"tokens are {z.dtype} and the bases {self.bases.dtype}: convert one of them with .to"
+            )
         sigma = torch.as_tensor(sigma, dtype=z.dtype, device=z.device)
         smallest = math.sqrt(torch.finfo(z.dtype).tiny)
         if not bool(((sigma >= smallest) & sigma.isfinite()).all()):
@@ -256,59 +317,86 @@ class LowRankGaussianMixture:
                 "without noise the mixture has no density on R^d"
             )
         coordinates = torch.einsum("...d,kdp->...kp", z, self.bases)
-        # The residual vector itself, not |z|^2 - |U^T z|^2: that difference loses all digits when sigma is tiny.
-        residuals = z[..., None, :] - torch.einsum("...kp,kdp->...kd", coordinates, self.bases)
+        # The residual vector itself, not |z|^2 - |U^T z|^2: that difference loses all
+        # digits when sigma is tiny.
+        residuals = z[..., None, :] - torch.einsum(
+            "...kp,kdp->...kd", coordinates, self.bases
+        )
         return coordinates, residuals, (sigma**2)[..., None, None]
 
-    def _log_joint(self, coordinates: Tensor, residuals: Tensor, variance: Tensor) -> Tensor:
+    def _log_joint(
+        self, coordinates: Tensor, residuals: Tensor, variance: Tensor
+    ) -> Tensor:
         """log pi_k + log N(z; 0, C_k), shape (..., K)."""
         spectrum = self.scales**2 + variance  # (..., K, p)
-        quadratic = (coordinates**2 / spectrum).sum(-1) + (residuals**2).sum(-1) / variance[..., 0]
-        log_det = spectrum.log().sum(-1) + (self.dim - self.rank) * variance[..., 0].log()
-        return self.weights.log() - 0.5 * (quadratic + log_det + self.dim * math.log(2 * math.pi))
+        quadratic = (coordinates**2 / spectrum).sum(-1) + (residuals**2).sum(
+            -1
+        ) / variance[..., 0]
+        log_det = (
+            spectrum.log().sum(-1) + (self.dim - self.rank) * variance[..., 0].log()
+        )
+        return self.weights.log() - 0.5 * (
+            quadratic + log_det + self.dim * math.log(2 * math.pi)
+        )
 
     def log_joint(self, z: TokenVectors, sigma: float | Tensor) -> Posterior:
         r""":math:`\log \pi_k + \log \mathcal{N}(z; 0, C_k)`, shape (..., K).
 
-        Its logsumexp over k is the log-density, its softmax the posterior.  Raises ``ValueError`` for a wrong
-        token dimension or sigma <= 0.  Book: :ref:`ch-mixture`.
+        Its logsumexp over k is the log-density, its softmax the posterior.  Raises
+        ``ValueError`` for a wrong token dimension or sigma <= 0.  Book:
+        :ref:`ch-mixture`.
         """
         return self._log_joint(*self._split(z, sigma))
 
     def log_density(self, z: TokenVectors, sigma: float | Tensor) -> PerToken:
-        r""":math:`\log p_\sigma(z) = \log \sum_k \pi_k \, \mathcal{N}(z; 0, C_k)`, shape (...).
+        r""":math:`\log p_\sigma(z) = \log \sum_k \pi_k \, \mathcal{N}(z; 0, C_k)`,
+        shape (...).
 
-        Raises ``ValueError`` for a wrong token dimension or sigma <= 0.  Book: :ref:`ch-mixture`.
+        Raises ``ValueError`` for a wrong token dimension or sigma <= 0.  Book:
+        :ref:`ch-mixture`.
         """
         return torch.logsumexp(self.log_joint(z, sigma), dim=-1)
 
     def posterior(self, z: TokenVectors, sigma: float | Tensor) -> Posterior:
-        r""":math:`\gamma_k(z) = \pi_k \mathcal{N}(z; 0, C_k) / p_\sigma(z)`, shape (..., K): a softmax over subspaces.
+        r""":math:`\gamma_k(z) = \pi_k \mathcal{N}(z; 0, C_k) / p_\sigma(z)`, shape
+        (..., K): a softmax over subspaces.
 
-        Raises ``ValueError`` for a wrong token dimension or sigma <= 0.  Book: :ref:`ch-denoising`.
+        Raises ``ValueError`` for a wrong token dimension or sigma <= 0.  Book:
+        :ref:`ch-denoising`.
         """
         return torch.softmax(self.log_joint(z, sigma), dim=-1)
 
     def score(self, z: TokenVectors, sigma: float | Tensor) -> TokenVectors:
-        r""":math:`\nabla_z \log p_\sigma(z) = -\sum_k \gamma_k(z)\, C_k^{-1} z`, same shape as z.
+        r""":math:`\nabla_z \log p_\sigma(z) = -\sum_k \gamma_k(z)\, C_k^{-1} z`, same
+        shape as z.
 
-        Raises ``ValueError`` for a wrong token dimension or sigma <= 0.  Book: :ref:`ch-denoising`.
+        Raises ``ValueError`` for a wrong token dimension or sigma <= 0.  Book:
+        :ref:`ch-denoising`.
         """
         coordinates, residuals, variance = self._split(z, sigma)
         gamma = torch.softmax(self._log_joint(coordinates, residuals, variance), dim=-1)
-        inside = torch.einsum("...k,...kp,kdp->...d", gamma, coordinates / (self.scales**2 + variance), self.bases)
+        inside = torch.einsum(
+            "...k,...kp,kdp->...d",
+            gamma,
+            coordinates / (self.scales**2 + variance),
+            self.bases,
+        )
         outside = torch.einsum("...k,...kd->...d", gamma, residuals / variance)
         return -(inside + outside)
 
     def denoise(self, z: TokenVectors, sigma: float | Tensor) -> TokenVectors:
-        r"""The posterior mean :math:`\mathbb{E}[x \mid z] = \sum_k \gamma_k U_k \mathrm{diag}\big(\tfrac{\tau_k^2}
-        {\tau_k^2+\sigma^2}\big) U_k^\top z`, same shape as z.
+        r"""The posterior mean :math:`\mathbb{E}[x \mid z] = \sum_k \gamma_k U_k
+        \mathrm{diag}\big(\tfrac{\tau_k^2} {\tau_k^2+\sigma^2}\big) U_k^\top z`, same
+        shape as z.
 
         Equal to Tweedie's formula :math:`z + \sigma^2 \nabla \log p_\sigma(z)`.
 
-        Raises ``ValueError`` for a wrong token dimension or sigma <= 0.  Book: :ref:`ch-denoising`.
+        Raises ``ValueError`` for a wrong token dimension or sigma <= 0.  Book:
+        :ref:`ch-denoising`.
         """
         coordinates, residuals, variance = self._split(z, sigma)
         gamma = torch.softmax(self._log_joint(coordinates, residuals, variance), dim=-1)
         shrinkage = self.scales**2 / (self.scales**2 + variance)
-        return torch.einsum("...k,...kp,kdp->...d", gamma, shrinkage * coordinates, self.bases)
+        return torch.einsum(
+            "...k,...kp,kdp->...d", gamma, shrinkage * coordinates, self.bases
+        )

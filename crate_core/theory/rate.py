@@ -1,6 +1,8 @@
-r"""Coding rates R and R^c, the sparse rate reduction, and their gradients in closed form.
+r"""Coding rates R and R^c, the sparse rate reduction, and their gradients in closed
+form.
 
-Tokens are rows, ``z`` of shape (..., n, d).  ``eps`` is the coding precision epsilon (not its square).
+Tokens are rows, ``z`` of shape (..., n, d).  ``eps`` is the coding precision epsilon
+(not its square).
 
 Book: :ref:`ch-coding-rate`.
 """
@@ -13,40 +15,58 @@ from torch import Tensor
 from crate_core.shapes import Bases, Heads, Labels, Scalars, Tokens
 
 CHOLESKY_LIMIT = 1e-3
-"""Cholesky serves while ``weight * |v|_F^2 * machine epsilon`` is below this: its error in nats is of that order."""
+"""Cholesky serves while ``weight * |v|_F^2 * machine epsilon`` is below this: its error
+in nats is of that order.
+"""
 
 
 def check_eps(eps: float) -> None:
-    """Raise ``ValueError`` unless eps, the coding precision, is positive and finite (and its square is)."""
+    """Raise ``ValueError`` unless eps, the coding precision, is positive and finite
+    (and its square is).
+    """
     if not (eps > 0 and 0 < eps * eps < math.inf):
-        raise ValueError(f"eps, the coding precision, must be positive and finite, got {eps}")
+        raise ValueError(
+            f"eps, the coding precision, must be positive and finite, got {eps}"
+        )
 
 
 def check_tokens(z: Tokens) -> None:
-    """Raise ``ValueError`` unless z are floating-point tokens (..., n, d) with n >= 1 and d >= 1."""
+    """Raise ``ValueError`` unless z are floating-point tokens (..., n, d) with n >= 1
+    and d >= 1.
+    """
     if z.ndim < 2 or min(z.shape[-2:]) < 1 or not z.is_floating_point():
-        raise ValueError(f"tokens must be floating point, (..., n, d) with n, d >= 1, got {z.dtype} {tuple(z.shape)}")
+        raise ValueError(
+            f"tokens must be floating point, (..., n, d) with n, d >= 1, got {z.dtype} {tuple(z.shape)}"
+        )
 
 
 def check_bases(z: Tokens, bases: Bases) -> None:
     """Raise ``ValueError`` unless bases are (K, d, p) for tokens (..., n, d)."""
     check_tokens(z)
     if bases.ndim != 3 or bases.shape[1] != z.shape[-1]:
-        raise ValueError(f"bases must be (K, {z.shape[-1]}, p) for tokens {tuple(z.shape)}, got {tuple(bases.shape)}")
+        raise ValueError(
+            f"bases must be (K, {z.shape[-1]}, p) for tokens {tuple(z.shape)}, got {tuple(bases.shape)}"
+        )
 
 
 def head_coordinates(z: Tokens, bases: Bases) -> Heads:
-    r"""Coordinates of every token in every subspace, :math:`V_k = U_k^\top Z`, as rows: (..., K, n, p).
+    r"""Coordinates of every token in every subspace, :math:`V_k = U_k^\top Z`, as rows:
+    (..., K, n, p).
 
-    Raises ``ValueError`` if the bases do not fit the tokens.  Book: :ref:`ch-coding-rate`.
+    Raises ``ValueError`` if the bases do not fit the tokens.  Book:
+    :ref:`ch-coding-rate`.
     """
     check_bases(z, bases)
-    stacked = bases.transpose(0, 1).flatten(1)  # (d, K p): one product with all tokens, not K products with copies
-    return (z @ stacked).unflatten(-1, (bases.shape[0], bases.shape[2])).transpose(-3, -2)
+    # (d, K p): one product with all tokens, not K products with copies
+    stacked = bases.transpose(0, 1).flatten(1)
+    return (
+        (z @ stacked).unflatten(-1, (bases.shape[0], bases.shape[2])).transpose(-3, -2)
+    )
 
 
 def subspace_beta(n: int, rank: int, eps: float) -> float:
-    r"""The constant :math:`\beta = p / (n \varepsilon^2)` of :math:`R^c`, for n tokens and rank p.
+    r"""The constant :math:`\beta = p / (n \varepsilon^2)` of :math:`R^c`, for n tokens
+    and rank p.
 
     Raises ``ValueError`` if eps is not positive or n < 1.  Book: :ref:`ch-coding-rate`.
     """
@@ -57,26 +77,38 @@ def subspace_beta(n: int, rank: int, eps: float) -> float:
 
 
 def _tall(v: Tensor) -> Tensor:
-    """v or v^T, whichever has no more columns than rows: det(I + w v^T v) is the same for both, on the smaller side."""
+    """v or v^T, whichever has no more columns than rows: det(I + w v^T v) is the same
+    for both, on the smaller side.
+    """
     return v if v.shape[-2] >= v.shape[-1] else v.mT
 
 
 def _cholesky(v: Tensor, weight: float) -> Tensor | None:
-    """Lower factor of I + weight v^T v, in float64 where squaring v in float32 would cost too many digits; None where
-    float64 would not do either (or v is not finite)."""
-    v = v.contiguous()  # heads lie apart in memory after their one projection; products of strided batches are slow
+    """Lower factor of I + weight v^T v, in float64 where squaring v in float32 would
+    cost too many digits; None where float64 would not do either (or v is not finite).
+    """
+    # heads lie apart in memory after their one projection; products of strided batches
+    # are slow
+    v = v.contiguous()
     gram = weight * (v.mT @ v)
     lost = gram.diagonal(dim1=-2, dim2=-1).sum(-1) * torch.finfo(v.dtype).eps
     if not bool((lost <= CHOLESKY_LIMIT).all()):
-        wider = v.dtype == torch.float32 and v.device.type != "mps"  # which has no float64
+        # which has no float64
+        wider = v.dtype == torch.float32 and v.device.type != "mps"
         return _cholesky(v.double(), weight) if wider else None
-    return torch.linalg.cholesky(gram + torch.eye(gram.shape[-1], dtype=v.dtype, device=v.device))
+    return torch.linalg.cholesky(
+        gram + torch.eye(gram.shape[-1], dtype=v.dtype, device=v.device)
+    )
 
 
 def _stacked_qr(v: Tensor, weight: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Q1, Q2, R with [I; sqrt(weight) v] = [Q1; Q2] R, hence R^T R = I + weight v^T v without forming a square."""
+    """Q1, Q2, R with [I; sqrt(weight) v] = [Q1; Q2] R, hence R^T R = I + weight v^T v
+    without forming a square.
+    """
     columns = v.shape[-1]
-    identity = torch.eye(columns, dtype=v.dtype, device=v.device).expand(*v.shape[:-2], columns, columns)
+    identity = torch.eye(columns, dtype=v.dtype, device=v.device).expand(
+        *v.shape[:-2], columns, columns
+    )
     q, r = torch.linalg.qr(torch.cat([identity, math.sqrt(weight) * v], dim=-2))
     return q[..., :columns, :], q[..., columns:, :], r
 
@@ -91,19 +123,25 @@ def _half_log_det(v: Tensor, weight: float) -> Tensor:
 
 
 def _shrink(v: Tensor, weight: float) -> Tensor:
-    """(I + weight v v^T)^{-1} v = v (I + weight v^T v)^{-1}: singular values s become s / (1 + weight s^2)."""
+    """(I + weight v v^T)^{-1} v = v (I + weight v^T v)^{-1}: singular values s become s
+    / (1 + weight s^2).
+    """
     tall = _tall(v)
     factor = _cholesky(tall, weight)
     if factor is None:
-        q1, q2, _ = _stacked_qr(tall, weight)  # v = Q2 R / sqrt(w), R^{-1} = Q1: v (R^T R)^{-1} = Q2 Q1^T / sqrt(w)
+        # v = Q2 R / sqrt(w), R^{-1} = Q1: v (R^T R)^{-1} = Q2 Q1^T / sqrt(w)
+        q1, q2, _ = _stacked_qr(tall, weight)
         shrunk = q2 @ q1.mT / math.sqrt(weight)
     else:
-        shrunk = torch.cholesky_solve(tall.mT.to(factor.dtype), factor).mT.to(tall.dtype)
+        shrunk = torch.cholesky_solve(tall.mT.to(factor.dtype), factor).mT.to(
+            tall.dtype
+        )
     return shrunk if tall.shape == v.shape else shrunk.mT
 
 
 def _at_least_single(z: Tensor) -> Tensor:
-    """Half-precision tensors as float32, which factorisations need; others as they are."""
+    """Half-precision tensors as float32, which factorisations need; others as they are.
+    """
     return z.float() if z.dtype in (torch.float16, torch.bfloat16) else z
 
 
@@ -116,8 +154,8 @@ def coding_rate(z: Tokens, eps: float) -> Scalars:
     ----------
     z : tensor (..., n, d)
         Tokens as rows.
-    eps : float
-        Coding precision, > 0, in the units of the tokens: the norm of the error allowed per token.
+    eps : float Coding precision, > 0, in the units of the tokens: the norm of the error
+        allowed per token.
 
     Returns
     -------
@@ -136,7 +174,8 @@ def coding_rate(z: Tokens, eps: float) -> Scalars:
     :math:`[I;\, \sqrt{d/(n\varepsilon^2)}\, Z^\top]` where it would in float64 too.  Tokens that are not finite give a
     rate that is not finite.
 
-    The constant d / (n eps^2) is that of :cite:t:`yu2020learning`; some public code writes ``eps`` for its square.
+    The constant d / (n eps^2) is that of :cite:t:`yu2020learning`; some public code
+    writes ``eps`` for its square.
 
     Book: :ref:`ch-coding-rate`, :eq:`eq-rate-def`.
     """
@@ -180,7 +219,8 @@ def coding_rate_grad(z: Tokens, eps: float) -> Tokens:
 
 
 def subspace_coding_rate(z: Tokens, bases: Bases, eps: float) -> Scalars:
-    r"""Coding rate of the tokens against K subspaces, with :math:`\beta = p/(n\varepsilon^2)`,
+    r"""Coding rate of the tokens against K subspaces, with :math:`\beta =
+    p/(n\varepsilon^2)`,
 
     .. math:: R^c(Z \mid U_{[K]}) = \tfrac12 \sum_{k} \log\det\!\big(I + \beta\, (U_k^\top Z)^\top (U_k^\top Z)\big).
 
@@ -248,12 +288,14 @@ def subspace_coding_rate_grad(z: Tokens, bases: Bases, eps: float) -> Tokens:
 
 
 def class_coding_rate(z: Tokens, labels: Labels, eps: float) -> Scalars:
-    r"""Coding rate of the tokens class by class, each class as one Gaussian with a codebook of its own,
+    r"""Coding rate of the tokens class by class, each class as one Gaussian with a
+    codebook of its own,
 
     .. math:: R^c(Z \mid \Pi) = \sum_k \frac{n_k}{n}\, R(Z_k)
               = \sum_k \frac{n_k}{2n} \log\det\!\Big(I + \frac{d}{n_k \varepsilon^2} Z_k Z_k^\top\Big).
 
-    It needs to know which token is of which class; :func:`subspace_coding_rate` does not.
+    It needs to know which token is of which class; :func:`subspace_coding_rate` does
+    not.
 
     Parameters
     ----------
@@ -278,16 +320,21 @@ def class_coding_rate(z: Tokens, labels: Labels, eps: float) -> Scalars:
     """
     check_tokens(z)
     if labels.shape != z.shape[-2:-1]:
-        raise ValueError(f"labels must be ({z.shape[-2]},), one a token, got {tuple(labels.shape)}")
+        raise ValueError(
+            f"labels must be ({z.shape[-2]},), one a token, got {tuple(labels.shape)}"
+        )
     members = [z[..., labels == k, :] for k in labels.unique()]
-    return torch.stack([m.shape[-2] / z.shape[-2] * coding_rate(m, eps) for m in members]).sum(0)
+    return torch.stack(
+        [m.shape[-2] / z.shape[-2] * coding_rate(m, eps) for m in members]
+    ).sum(0)
 
 
 def rate_reduction(z: Tokens, bases: Bases, eps: float) -> Scalars:
     r"""Rate reduction :math:`\Delta R(Z) = R(Z) - R^c(Z \mid U_{[K]})`, in nats.
 
-    Large when the tokens together span much and each subspace needs little.  It is blind to which token lies where:
-    replacing the tokens by orthogonal mixtures of each other changes nothing.
+    Large when the tokens together span much and each subspace needs little.  It is
+    blind to which token lies where: replacing the tokens by orthogonal mixtures of each
+    other changes nothing.
 
     Parameters
     ----------
@@ -314,7 +361,8 @@ def rate_reduction(z: Tokens, bases: Bases, eps: float) -> Scalars:
 
 
 def sparse_rate_reduction(z: Tokens, bases: Bases, eps: float, lambd: float) -> Scalars:
-    r"""The sparse rate reduction :math:`R(Z) - R^c(Z \mid U_{[K]}) - \lambda \|Z\|_0`, in nats.
+    r"""The sparse rate reduction :math:`R(Z) - R^c(Z \mid U_{[K]}) - \lambda \|Z\|_0`,
+    in nats.
 
     :math:`\|Z\|_0` counts the nonzero entries; the count has no gradient.
 

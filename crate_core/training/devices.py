@@ -1,11 +1,12 @@
-r"""Where a run computes: devices, precision and processes through accelerate; copies (DDP) or shares (FSDP2) of the
-model; the same checkpoint from either.
+r"""Where a run computes: devices, precision and processes through accelerate; copies
+(DDP) or shares (FSDP2) of the model; the same checkpoint from either.
 
 With P processes, each on its rows of the global batch, both compute
 
 .. math:: g = \frac1P \sum_{p=1}^P \frac1A \sum_{a=1}^A \nabla \ell(\text{micro-batch } a \text{ of process } p),
 
-which is the gradient of the whole batch's loss, since every picture has the same number of removed patches.
+which is the gradient of the whole batch's loss, since every picture has the same number
+of removed patches.
 
 Book: :ref:`ch-pretraining`.
 """
@@ -38,28 +39,35 @@ WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def make_accelerator(config: PretrainConfig) -> Accelerator:
-    """Accelerate's view of the devices and processes.  ``ValueError`` if the device asked for is not there."""
+    """Accelerate's view of the devices and processes.  ``ValueError`` if the device
+    asked for is not there.
+    """
     # The state is one per process and would keep the precision of an earlier run.
     AcceleratorState._reset_state(reset_partial_state=True)
     precision = "no" if config.precision == "fp32" else config.precision
     accelerator = Accelerator(mixed_precision=precision, cpu=config.device == "cpu")
     if config.device not in ("auto", accelerator.device.type):
-        raise ValueError(f"device={config.device!r}: this machine offers {accelerator.device.type!r}")
+        raise ValueError(
+            f"device={config.device!r}: this machine offers {accelerator.device.type!r}"
+        )
     return accelerator
 
 
 def distribute(
     model: MaskedAutoencoder, config: PretrainConfig, accelerator: Accelerator
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """The model and its AdamW on this process's device, as a copy or, with ``config.shard``, as a share.
+    """The model and its AdamW on this process's device, as a copy or, with
+    ``config.shard``, as a share.
 
     A share needs more than one process; with one, ``shard`` changes nothing.
     """
     sharded = config.shard and accelerator.num_processes > 1
     module: nn.Module = model
     if sharded:
-        module = accelerator.prepare_model(model, evaluation_mode=True)  # device and precision, no copies
-        # Its advice on in-place changes of outputs does not concern a loop that reads the loss alone.
+        # device and precision, no copies
+        module = accelerator.prepare_model(model, evaluation_mode=True)
+        # Its advice on in-place changes of outputs does not concern a loop that reads
+        # the loss alone.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
         mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
         for part in (*model.encoder, *model.decoder, module):
@@ -74,8 +82,12 @@ def distribute(
 
 
 @contextlib.contextmanager
-def gradient_sync(wrapped: nn.Module, accelerator: Accelerator, wanted: bool) -> Iterator[None]:
-    """Average gradients over processes in the backward pass inside, or leave that to a later micro-batch's."""
+def gradient_sync(
+    wrapped: nn.Module, accelerator: Accelerator, wanted: bool
+) -> Iterator[None]:
+    """Average gradients over processes in the backward pass inside, or leave that to a
+    later micro-batch's.
+    """
     if isinstance(wrapped, FSDPModule):
         wrapped.set_requires_gradient_sync(wanted)
         yield
@@ -86,41 +98,81 @@ def gradient_sync(wrapped: nn.Module, accelerator: Accelerator, wanted: bool) ->
             yield
 
 
-def clip_gradient(wrapped: nn.Module, accelerator: Accelerator, limit: float | None) -> Tensor:
-    """Scale the gradient to a norm of at most ``limit``; returns its norm before, over all processes' shares."""
-    norm = accelerator.clip_grad_norm_(wrapped.parameters(), math.inf if limit is None else limit)
+def clip_gradient(
+    wrapped: nn.Module, accelerator: Accelerator, limit: float | None
+) -> Tensor:
+    """Scale the gradient to a norm of at most ``limit``; returns its norm before, over
+    all processes' shares.
+    """
+    norm = accelerator.clip_grad_norm_(
+        wrapped.parameters(), math.inf if limit is None else limit
+    )
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def whole_weights(wrapped: nn.Module) -> StateDict:
-    """All weights of a sharded model, on the main process; empty on the others.  Every process calls it."""
-    return {name: cast(Tensor, value) for name, value in get_model_state_dict(wrapped, options=WHOLE).items()}
+    """All weights of a sharded model, on the main process; empty on the others.  Every
+    process calls it.
+    """
+    return {
+        name: cast(Tensor, value)
+        for name, value in get_model_state_dict(wrapped, options=WHOLE).items()
+    }
 
 
 def parameter_names(model: nn.Module) -> list[str]:
     """Names of the parameters in the order in which an optimizer numbers them."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    return [names[id(p)] for group in parameter_groups(model, 0.0) for p in group["params"]]
+    return [
+        names[id(p)] for group in parameter_groups(model, 0.0) for p in group["params"]
+    ]
 
 
-def optimizer_state(wrapped: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The optimizer's state as an unsharded optimizer would write it, on the main process.  Every process calls it."""
+def optimizer_state(
+    wrapped: nn.Module, optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
+    """The optimizer's state as an unsharded optimizer would write it, on the main
+    process.  Every process calls it.
+    """
     if not isinstance(wrapped, FSDPModule):
         return optimizer.state_dict()
-    named: dict[str, Any] = dict(get_optimizer_state_dict(cast(nn.Module, wrapped), optimizer, options=WHOLE))
+    named: dict[str, Any] = dict(
+        get_optimizer_state_dict(cast(nn.Module, wrapped), optimizer, options=WHOLE)
+    )
     if not named:
         return {}
     number = {name: i for i, name in enumerate(parameter_names(wrapped))}
-    groups = [{**group, "params": sorted(number[name] for name in group["params"])} for group in named["param_groups"]]
-    return {"state": {number[name]: value for name, value in named["state"].items()}, "param_groups": groups}
+    groups = [
+        {**group, "params": sorted(number[name] for name in group["params"])}
+        for group in named["param_groups"]
+    ]
+    return {
+        "state": {number[name]: value for name, value in named["state"].items()},
+        "param_groups": groups,
+    }
 
 
-def load_optimizer_state(wrapped: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Take back what :func:`optimizer_state` gave, whatever the number of processes then and now."""
+def load_optimizer_state(
+    wrapped: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
+) -> None:
+    """Take back what :func:`optimizer_state` gave, whatever the number of processes
+    then and now.
+    """
     if not isinstance(wrapped, FSDPModule):
         optimizer.load_state_dict(state)
         return
     names = parameter_names(wrapped)
-    groups = [{**group, "params": [names[i] for i in group["params"]]} for group in state["param_groups"]]
-    named: dict[str, Any] = {"state": {names[i]: value for i, value in state["state"].items()}, "param_groups": groups}
-    set_optimizer_state_dict(cast(nn.Module, wrapped), optimizer, named, options=StateDictOptions(full_state_dict=True))
+    groups = [
+        {**group, "params": [names[i] for i in group["params"]]}
+        for group in state["param_groups"]
+    ]
+    named: dict[str, Any] = {
+        "state": {names[i]: value for i, value in state["state"].items()},
+        "param_groups": groups,
+    }
+    set_optimizer_state_dict(
+        cast(nn.Module, wrapped),
+        optimizer,
+        named,
+        options=StateDictOptions(full_state_dict=True),
+    )

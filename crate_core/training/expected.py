@@ -1,11 +1,13 @@
 r"""The loss that is normal at each point of a run, by preset, and how it was measured.
 
-Runs of an unchanged preset over seeds give the means of their logs' lines; around point e (in epochs) of a run
+Runs of an unchanged preset over seeds give the means of their logs' lines; around point
+e (in epochs) of a run
 
 .. math:: \bar\ell(e) \pm \big(4\, s(e) + 0.03\, \bar\ell(e)\big),
 
-with the mean and standard deviation of single lines, of all seeds, whose epoch lies within 15 % of e.  The band is a
-rule of thumb: its width was chosen by looking at a few runs, so that a line outside is a reason to look, no proof.
+with the mean and standard deviation of single lines, of all seeds, whose epoch lies
+within 15 % of e.  The band is a rule of thumb: its width was chosen by looking at a few
+runs, so that a line outside is a reason to look, no proof.
 
 Book: :ref:`ch-pretraining`.
 """
@@ -31,8 +33,11 @@ WINDOW = 0.15
 """A point's window: lines whose epoch lies within this share of it."""
 
 
-def loss_band(logs: Sequence[Sequence[Mapping[str, Any]]], points: int = POINTS) -> list[dict[str, float]]:
-    """The band of the module's formula from the metrics logs of one or more runs of one recipe.
+def loss_band(
+    logs: Sequence[Sequence[Mapping[str, Any]]], points: int = POINTS
+) -> list[dict[str, float]]:
+    """The band of the module's formula from the metrics logs of one or more runs of one
+    recipe.
 
     Parameters
     ----------
@@ -51,37 +56,64 @@ def loss_band(logs: Sequence[Sequence[Mapping[str, Any]]], points: int = POINTS)
     Book: :ref:`ch-pretraining`.
     """
     if not logs or min(map(len, logs)) < 2:
-        raise ValueError("a band needs the logs of one run or more, of at least two lines each")
+        raise ValueError(
+            "a band needs the logs of one run or more, of at least two lines each"
+        )
     lines = [(line["epoch"], line["loss"]) for log in logs for line in log]
-    first, last = max(log[1]["epoch"] for log in logs), min(log[-1]["epoch"] for log in logs)
+    first, last = (
+        max(log[1]["epoch"] for log in logs),
+        min(log[-1]["epoch"] for log in logs),
+    )
     band = []
     wanted = (first * (last / first) ** (i / (points - 1)) for i in range(points))
     logged = [epoch for epoch, _ in lines]
     distances = [[abs(epoch - w) for epoch in logged] for w in wanted]
     for epoch in sorted({logged[row.index(min(row))] for row in distances}):
         near = [loss for e, loss in lines if abs(e - epoch) <= WINDOW * epoch]
-        mean, spread = statistics.fmean(near), statistics.stdev(near) if len(near) > 1 else 0.0
+        mean, spread = (
+            statistics.fmean(near),
+            statistics.stdev(near) if len(near) > 1 else 0.0,
+        )
         width = 4 * spread + 0.03 * mean
-        band.append({"epoch": epoch, "mean": mean, "low": mean - width, "high": mean + width})
+        band.append(
+            {"epoch": epoch, "mean": mean, "low": mean - width, "high": mean + width}
+        )
     return [{name: round(value, 4) for name, value in point.items()} for point in band]
 
 
 @cache
 def measured() -> dict[str, Any]:
-    """All measured bands by preset, each with the number of pictures and the seeds; empty if none was measured."""
-    return json.loads(EXPECTED_FILE.read_text())["presets"] if EXPECTED_FILE.is_file() else {}
+    """All measured bands by preset, each with the number of pictures and the seeds;
+    empty if none was measured.
+    """
+    return (
+        json.loads(EXPECTED_FILE.read_text())["presets"]
+        if EXPECTED_FILE.is_file()
+        else {}
+    )
 
 
 def unchanged(config: PretrainConfig) -> bool:
     """Whether a run is its preset but for the seed and where the pictures come from."""
-    own, preset = config.identity(), PretrainConfig.from_preset(config.preset).identity()
-    return all(own.get(name) == preset.get(name) for name in own.keys() | preset.keys() if name not in ("seed", "data"))
+    own, preset = (
+        config.identity(),
+        PretrainConfig.from_preset(config.preset).identity(),
+    )
+    return all(
+        own.get(name) == preset.get(name)
+        for name in own.keys() | preset.keys()
+        if name not in ("seed", "data")
+    )
 
 
-def expected_at(config: PretrainConfig, pictures: int, epoch: float) -> tuple[float, float] | None:
-    """Lowest and highest loss that a line of the log normally shows after ``epoch`` epochs.
+def expected_at(
+    config: PretrainConfig, pictures: int, epoch: float
+) -> tuple[float, float] | None:
+    """Lowest and highest loss that a line of the log normally shows after ``epoch``
+    epochs.
 
-    ``None`` where nothing was measured: another recipe, another number of pictures, or before the first point.
+    ``None`` where nothing was measured: another recipe, another number of pictures, or
+    before the first point.
     """
     band = measured().get(config.preset)
     if band is None or band["pictures"] != pictures or not unchanged(config):
@@ -90,7 +122,14 @@ def expected_at(config: PretrainConfig, pictures: int, epoch: float) -> tuple[fl
     # Half a step's epoch is lost in rounding at the end.
     if not points[0]["epoch"] <= epoch <= 1.01 * points[-1]["epoch"]:
         return None
-    left, right = next((pair for pair in itertools.pairwise(points) if epoch <= pair[1]["epoch"]), points[-2:])
-    share = min(1.0, math.log(epoch / left["epoch"]) / math.log(right["epoch"] / left["epoch"]))
-    low, high = (left[name] + share * (right[name] - left[name]) for name in ("low", "high"))
+    left, right = next(
+        (pair for pair in itertools.pairwise(points) if epoch <= pair[1]["epoch"]),
+        points[-2:],
+    )
+    share = min(
+        1.0, math.log(epoch / left["epoch"]) / math.log(right["epoch"] / left["epoch"])
+    )
+    low, high = (
+        left[name] + share * (right[name] - left[name]) for name in ("low", "high")
+    )
     return low, high

@@ -1,9 +1,10 @@
 r"""Masked pretraining: the loop, its schedule, exact resume.
 
-Step t draws its pictures, augmentation and masks from (seed, t) alone (:mod:`crate_core.data.batches`), so the
-state of a run is its weights, the optimizer's averages and t.  A checkpoint holds these; a run that was cut
-off at any moment goes on from the last one and, on a CPU with the same number of threads, ends with the bits
-of the uncut run.
+Step t draws its pictures, augmentation and masks from (seed, t) alone
+(:mod:`crate_core.data.batches`), so the state of a run is its weights, the optimizer's
+averages and t.  A checkpoint holds these; a run that was cut off at any moment goes on
+from the last one and, on a CPU with the same number of threads, ends with the bits of
+the uncut run.
 
 Book: :ref:`ch-first-training`, :ref:`ch-pretraining`.
 """
@@ -35,31 +36,47 @@ from crate_core.training.run_directory import (
     result_of,
     write_json,
 )
-from crate_core.training.yardsticks import TrivialLoss, held_out_loss, some_pictures, trivial_loss
+from crate_core.training.yardsticks import (
+    TrivialLoss,
+    held_out_loss,
+    some_pictures,
+    trivial_loss,
+)
 
 
 def data_identity(data: ImageData) -> dict[str, Any]:
-    """What of the data decides a run: how many pictures there are to train on, and the names of some of
-    them.
+    """What of the data decides a run: how many pictures there are to train on, and the
+    names of some of them.
     """
     count = len(data.train)
     names = [Path(data.train.name(i)).name for i in sorted({0, count // 2, count - 1})]
     return {"training pictures": count, "first, middle and last picture": names}
 
 
-def finish(trainer: Trainer, model: MaskedAutoencoder, trivial: TrivialLoss, command: str) -> None:
-    """Write weights, pictures and summary of a run whose steps are done; the summary last."""
+def finish(
+    trainer: Trainer, model: MaskedAutoencoder, trivial: TrivialLoss, command: str
+) -> None:
+    """Write weights, pictures and summary of a run whose steps are done; the summary
+    last.
+    """
     config, run = trainer.config, trainer.run
     pictures = some_pictures(trainer.data.held_out, config.model)
     epoch = math.ceil(trainer.count / config.batch_size)
-    losses = [line["loss"] for line in run.logged() if line["step"] > trainer.step - max(epoch, 1)]
+    losses = [
+        line["loss"]
+        for line in run.logged()
+        if line["step"] > trainer.step - max(epoch, 1)
+    ]
     model.save_pretrained(run.path)
     draw_reconstructions(run.path / PICTURES_FILE, model, trainer.data, config)
     summary = {
         "steps": trainer.step,
         "train_loss": sum(losses) / len(losses),
         "held_out_loss": held_out_loss(model, pictures, config.mask_ratio),
-        "trivial_loss": {"mean_patch": trivial.mean_patch, "mean_picture": trivial.mean_picture},
+        "trivial_loss": {
+            "mean_patch": trivial.mean_patch,
+            "mean_picture": trivial.mean_picture,
+        },
         "expected_train_loss": expected_range(config, trainer.step, trainer.count),
         "unreadable": len(trainer.unreadable.met),
         "seed": config.seed,
@@ -76,8 +93,8 @@ def pretrain(
 ) -> PretrainResult:
     r"""Pretrain a CRATE-MAE, or continue a run that was cut off.
 
-    Minimises the mean squared error on removed patches with AdamW; see :mod:`crate_core.training.recipe` for the
-    recipe.
+    Minimises the mean squared error on removed patches with AdamW; see
+    :mod:`crate_core.training.recipe` for the recipe.
 
     Parameters
     ----------
@@ -99,8 +116,8 @@ def pretrain(
         If the data is not there.
     TrainingDivergedError
         If the loss or the gradient is no longer finite.
-    CheckpointError
-        If a checkpoint cannot be saved; the previous one is kept, and the same call continues from it.
+    CheckpointError If a checkpoint cannot be saved; the previous one is kept, and the
+        same call continues from it.
 
     Book: :ref:`ch-first-training`.
     """
@@ -111,14 +128,23 @@ def pretrain(
         if main:
             report(line)
 
-    with accelerator.main_process_first():  # which downloads, where there is something to download
-        data = stream_data(config.data[3:]) if config.streaming else open_data(config.data, config.data_root)
+    # which downloads, where there is something to download
+    with accelerator.main_process_first():
+        data = (
+            stream_data(config.data[3:])
+            if config.streaming
+            else open_data(config.data, config.data_root)
+        )
     run = RunDirectory(config.output_dir)
     identity = {**config.identity(), **data_identity(data)}
     say(f"data: {data.description}")
     try:
         if main:
-            run.claim(identity, config.to_dict(), provenance(command, device_name(accelerator.device)))
+            run.claim(
+                identity,
+                config.to_dict(),
+                provenance(command, device_name(accelerator.device)),
+            )
         accelerator.wait_for_everyone()
         return continued(config, data, run, accelerator, say, report, progress, command)
     finally:
@@ -135,21 +161,39 @@ def continued(
     progress: bool,
     command: str,
 ) -> PretrainResult:
-    """A run whose directory is claimed, from where it stands to its end; ``say`` speaks on the main process only."""
+    """A run whose directory is claimed, from where it stands to its end; ``say`` speaks
+    on the main process only.
+    """
     summary, latest = run.summary(), run.latest()
     steps = total_steps(config, len(data.train))
-    if summary is not None and latest is not None and summary["steps"] == latest.step >= steps:
+    if (
+        summary is not None
+        and latest is not None
+        and summary["steps"] == latest.step >= steps
+    ):
         result = result_of(run)
-        say(f"{run.path} is finished: {latest.step:,} steps are done; nothing was trained")
+        say(
+            f"{run.path} is finished: {latest.step:,} steps are done; nothing was trained"
+        )
         for line in describe(result):
             say(line)
         return result
-    trivial = trivial_loss(initial_model(config), some_pictures(data.train, config.model))
+    trivial = trivial_loss(
+        initial_model(config), some_pictures(data.train, config.model)
+    )
     trainer = Trainer(config, data, run, accelerator, say, report)
     parameters = sum(p.numel() for p in trainer.model.parameters())
-    processes = f", {accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
-    say(f"model: {parameters:,} parameters on {device_name(accelerator.device)}{processes}, {config.precision}")
-    say(f"loss to beat: {trivial.mean_picture:.4f}, what predicting the mean picture costs")
+    processes = (
+        f", {accelerator.num_processes} processes"
+        if accelerator.num_processes > 1
+        else ""
+    )
+    say(
+        f"model: {parameters:,} parameters on {device_name(accelerator.device)}{processes}, {config.precision}"
+    )
+    say(
+        f"loss to beat: {trivial.mean_picture:.4f}, what predicting the mean picture costs"
+    )
     expected = expected_range(config, steps, trainer.count)
     if expected is not None:
         say(f"loss that is normal at the end: {expected[0]:.3f} to {expected[1]:.3f}")
@@ -158,7 +202,9 @@ def continued(
     trainer.fit(progress)
     model = trainer.whole_model()
     if accelerator.is_main_process and model is not None:
-        with run.writing("the finished run (its steps are done; the same call writes it)"):
+        with run.writing(
+            "the finished run (its steps are done; the same call writes it)"
+        ):
             finish(trainer, model, trivial, command)
     accelerator.wait_for_everyone()
     result = result_of(run)

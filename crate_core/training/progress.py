@@ -1,6 +1,8 @@
-r"""What a user sees of a run while it goes on: the bar, throughput, TensorBoard, pictures, whether the loss is normal.
+r"""What a user sees of a run while it goes on: the bar, throughput, TensorBoard,
+pictures, whether the loss is normal.
 
-Nothing here is part of the metrics log: two runs of one configuration have the same losses and never the same times.
+Nothing here is part of the metrics log: two runs of one configuration have the same
+losses and never the same times.
 
 Book: :ref:`ch-pretraining`.
 """
@@ -25,7 +27,8 @@ REMARKS = 10
 
 
 class Progress:
-    """The main process's bar, ``timing.jsonl`` and TensorBoard; on the others it does nothing.
+    """The main process's bar, ``timing.jsonl`` and TensorBoard; on the others it does
+    nothing.
 
     Parameters
     ----------
@@ -53,33 +56,49 @@ class Progress:
     ) -> None:
         self.run, self.config, self.pictures, self.stop = run, config, pictures, stop
         self.main, self.report = main, report
-        self.bar = tqdm(total=stop, initial=start, unit="step", disable=not (bar and main), mininterval=0.5)
+        self.bar = tqdm(
+            total=stop,
+            initial=start,
+            unit="step",
+            disable=not (bar and main),
+            mininterval=0.5,
+        )
         self.timed_step, self.timed_at = start, time.perf_counter()
         self.writer: Any = None
         if main and config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             # Steps after `start` that an earlier process wrote and lost are hidden.
-            self.writer = SummaryWriter(str(run.path / TENSORBOARD_FOLDER), purge_step=start + 1)
+            self.writer = SummaryWriter(
+                str(run.path / TENSORBOARD_FOLDER), purge_step=start + 1
+            )
 
     def __enter__(self) -> "Progress":
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         self.bar.close()
         if self.writer is not None:
             self.writer.close()
 
     def line(self, record: Mapping[str, Any]) -> None:
-        """Show a line of the metrics log, with the images a second since the last one."""
+        """Show a line of the metrics log, with the images a second since the last one.
+        """
         if not self.main:
             return
         step, now = record["step"], time.perf_counter()
         seconds = max(now - self.timed_at, 1e-9)
         rate = (step - self.timed_step) * self.config.batch_size / seconds
-        timing: dict[str, Any] = {"step": step, "seconds": round(seconds, 4), "images_per_second": round(rate, 2)}
+        timing: dict[str, Any] = {
+            "step": step,
+            "seconds": round(seconds, 4),
+            "images_per_second": round(rate, 2),
+        }
         if torch.cuda.is_available():
             timing["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
         self.run.log_timing(timing)
@@ -98,7 +117,8 @@ class Progress:
                     self.writer.add_scalar(name, value, step)
 
     def remark(self, record: Mapping[str, Any]) -> None:
-        """Say ten times in a run whether the loss is normal, where that was measured."""
+        """Say ten times in a run whether the loss is normal, where that was measured.
+        """
         step, batch = record["step"], self.config.log_every
         if step * REMARKS // self.stop == (step - batch) * REMARKS // self.stop:
             return
@@ -124,4 +144,9 @@ class Progress:
             from PIL import Image
 
             with Image.open(path) as picture:
-                self.writer.add_image("reconstructions", np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+                self.writer.add_image(
+                    "reconstructions",
+                    np.asarray(picture.convert("RGB")),
+                    step,
+                    dataformats="HWC",
+                )

@@ -1,4 +1,5 @@
-r"""A run on disk: who owns the directory, checkpoints that are whole or absent, the metrics log, provenance.
+r"""A run on disk: who owns the directory, checkpoints that are whole or absent, the
+metrics log, provenance.
 
 Layout of an output directory::
 
@@ -29,7 +30,13 @@ import torch
 from safetensors import SafetensorError
 
 from crate_core.model.autoencoder import MaskedAutoencoder
-from crate_core.model.files import CONFIG_FILE, WEIGHTS_FILE, StateDict, atomic_write, load_weights
+from crate_core.model.files import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    StateDict,
+    atomic_write,
+    load_weights,
+)
 from crate_core.records import device_name as device_name
 from crate_core.records import git_commit as git_commit
 from crate_core.records import provenance as provenance
@@ -49,12 +56,16 @@ CHECKPOINT_FILES = frozenset({CONFIG_FILE, WEIGHTS_FILE, OPTIMIZER_FILE, PROGRES
 
 
 class CheckpointError(OSError):
-    """A checkpoint or another file of a run that could not be written; the message names the last good one."""
+    """A checkpoint or another file of a run that could not be written; the message
+    names the last good one.
+    """
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint: ``step`` steps are done; ``progress`` is what the loop wrote about them."""
+    """A whole checkpoint: ``step`` steps are done; ``progress`` is what the loop wrote
+    about them.
+    """
 
     path: Path
     step: int
@@ -65,9 +76,13 @@ class Checkpoint:
         return load_weights(self.path / WEIGHTS_FILE)
 
     def optimizer(self) -> dict[str, Any]:
-        """States of optimizer and loss scaler.  ``ValueError`` for a file that ``weights_only=True`` refuses."""
+        """States of optimizer and loss scaler.  ``ValueError`` for a file that
+        ``weights_only=True`` refuses.
+        """
         try:
-            return torch.load(self.path / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
+            return torch.load(
+                self.path / OPTIMIZER_FILE, map_location="cpu", weights_only=True
+            )
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
             raise ValueError(
                 f"{self.path / OPTIMIZER_FILE} was refused (read with weights_only=True): {error}"
@@ -93,13 +108,19 @@ class RunDirectory:
         self.timing = self.path / TIMING_FILE
         self._lock: IO[str] | None = None
 
-    def claim(self, identity: Mapping[str, Any], config: Mapping[str, Any], start: Mapping[str, Any]) -> None:
-        """Make the directory this run's, or check that it is; ``start`` is added to the starts in
-        ``run.json``.
+    def claim(
+        self,
+        identity: Mapping[str, Any],
+        config: Mapping[str, Any],
+        start: Mapping[str, Any],
+    ) -> None:
+        """Make the directory this run's, or check that it is; ``start`` is added to the
+        starts in ``run.json``.
 
         Parameters
         ----------
-        identity : flat fields that decide what the run computes; those of the owner must be equal.
+        identity : flat fields that decide what the run computes; those of the owner
+            must be equal.
         config : the whole resolved configuration, for the record.
         start : provenance of this start.
 
@@ -113,20 +134,37 @@ class RunDirectory:
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         self.lock()
         try:
-            starts = self.owner_starts(identity)  # another process may have claimed it before the lock was ours
-            write_json(self.path / RUN_FILE, {"identity": identity, "config": config, "starts": [*starts, start]})
+            # another process may have claimed it before the lock was ours
+            starts = self.owner_starts(identity)
+            write_json(
+                self.path / RUN_FILE,
+                {"identity": identity, "config": config, "starts": [*starts, start]},
+            )
         except (OSError, ValueError):
             self.release()
             raise
 
     def owner_starts(self, identity: Mapping[str, Any]) -> list[Any]:
-        """The starts of the run that owns the directory, empty if none does; ``ValueError`` if another run does."""
+        """The starts of the run that owns the directory, empty if none does;
+        ``ValueError`` if another run does.
+        """
         record = self.path / RUN_FILE
         if not record.is_file():
-            ours = (METRICS_FILE, CONFIG_FILE, WEIGHTS_FILE, SUMMARY_FILE, PICTURES_FILE)
+            ours = (
+                METRICS_FILE,
+                CONFIG_FILE,
+                WEIGHTS_FILE,
+                SUMMARY_FILE,
+                PICTURES_FILE,
+            )
             present = [name for name in ours if (self.path / name).exists()]
-            # An empty folder is what a process leaves that was killed before it wrote its record.
-            present += [CHECKPOINTS] if self.checkpoints.is_dir() and any(self.checkpoints.iterdir()) else []
+            # An empty folder is what a process leaves that was killed before it wrote
+            # its record.
+            present += (
+                [CHECKPOINTS]
+                if self.checkpoints.is_dir() and any(self.checkpoints.iterdir())
+                else []
+            )
             if present:
                 raise ValueError(
                     f"{self.path} already holds {', '.join(present)} and no {RUN_FILE}: it is not a run to continue. "
@@ -137,7 +175,9 @@ class RunDirectory:
             owner = json.loads(record.read_text())
             recorded, starts = owner["identity"], owner["starts"]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{record} is not the record of a run: {error!r}") from error
+            raise ValueError(
+                f"{record} is not the record of a run: {error!r}"
+            ) from error
         differing = [
             f"{name} (there {recorded.get(name)!r}, now {identity.get(name)!r})"
             for name in sorted(recorded.keys() | identity.keys())
@@ -151,10 +191,12 @@ class RunDirectory:
         return starts
 
     def lock(self) -> None:
-        """Hold the directory for this process until :meth:`release` or its end, however it ends.
+        """Hold the directory for this process until :meth:`release` or its end, however
+        it ends.
 
-        A record lock (``fcntl.lockf``), which the operating system takes back from a killed process; loader processes
-        do not inherit it.  Where there is no ``fcntl`` (Windows), nothing is locked.
+        A record lock (``fcntl.lockf``), which the operating system takes back from a
+        killed process; loader processes do not inherit it.  Where there is no ``fcntl``
+        (Windows), nothing is locked.
 
         Raises ``ValueError`` if another process holds it.
         """
@@ -187,32 +229,52 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def writing(self, what: str) -> Iterator[None]:
-        """Turn a failed write of ``what`` into a :class:`CheckpointError` that names the last good checkpoint."""
+        """Turn a failed write of ``what`` into a :class:`CheckpointError` that names
+        the last good checkpoint.
+        """
         try:
             yield
         except CheckpointError:
             raise
         except (OSError, RuntimeError, SafetensorError) as error:
             kept = self.latest()
-            good = "there is no checkpoint" if kept is None else f"the last good one is {kept.path}"
-            raise CheckpointError(f"{what} could not be saved ({error}); {good}") from error
+            good = (
+                "there is no checkpoint"
+                if kept is None
+                else f"the last good one is {kept.path}"
+            )
+            raise CheckpointError(
+                f"{what} could not be saved ({error}); {good}"
+            ) from error
 
     def latest(self) -> Checkpoint | None:
         """The newest whole checkpoint."""
         if not self.checkpoints.is_dir():
             return None
         for path in sorted(self.checkpoints.glob("step-*"), reverse=True):
-            if re.fullmatch(r"step-\d+", path.name) and {file.name for file in path.iterdir()} >= CHECKPOINT_FILES:
-                return Checkpoint(path, int(path.name[5:]), json.loads((path / PROGRESS_FILE).read_text()))
+            if (
+                re.fullmatch(r"step-\d+", path.name)
+                and {file.name for file in path.iterdir()} >= CHECKPOINT_FILES
+            ):
+                return Checkpoint(
+                    path,
+                    int(path.name[5:]),
+                    json.loads((path / PROGRESS_FILE).read_text()),
+                )
         return None
 
     def save(
-        self, step: int, model: MaskedAutoencoder, optimizer: Mapping[str, Any], progress: Mapping[str, Any]
+        self,
+        step: int,
+        model: MaskedAutoencoder,
+        optimizer: Mapping[str, Any],
+        progress: Mapping[str, Any],
     ) -> Checkpoint:
         """Write the checkpoint of ``step``, then remove older ones.
 
-        All files are written to a hidden directory and flushed to disk before it gets its name, so that a
-        checkpoint with a name is whole and the previous one stays until then.
+        All files are written to a hidden directory and flushed to disk before it gets
+        its name, so that a checkpoint with a name is whole and the previous one stays
+        until then.
 
         Raises
         ------
@@ -236,15 +298,23 @@ class RunDirectory:
             sync(self.checkpoints)
         except (OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(partial, ignore_errors=True)
-            kept = "there is no earlier one" if previous is None else f"the last good one is {previous.path}"
-            raise CheckpointError(f"the checkpoint of step {step} could not be saved ({error}); {kept}") from error
+            kept = (
+                "there is no earlier one"
+                if previous is None
+                else f"the last good one is {previous.path}"
+            )
+            raise CheckpointError(
+                f"the checkpoint of step {step} could not be saved ({error}); {kept}"
+            ) from error
         for path in self.checkpoints.glob("step-*"):
             if path != final:
                 shutil.rmtree(path)
         return Checkpoint(final, step, dict(progress))
 
     def rewind_metrics(self, step: int) -> None:
-        """Drop the log's lines after ``step`` and a line cut off half-way, whole or not at all."""
+        """Drop the log's lines after ``step`` and a line cut off half-way, whole or not
+        at all.
+        """
         if not self.metrics.exists():
             return
         kept = []
@@ -255,18 +325,26 @@ class RunDirectory:
         atomic_write(self.metrics, "".join(kept).encode())
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Append one line to the metrics log.  ``CheckpointError`` if it cannot be written."""
+        """Append one line to the metrics log.  ``CheckpointError`` if it cannot be
+        written.
+        """
         with self.writing("the log"), open(self.metrics, "a") as file:
             file.write(json.dumps(record) + "\n")
 
     def log_timing(self, record: Mapping[str, Any]) -> None:
-        """Append one line to the timing log.  ``CheckpointError`` if it cannot be written."""
+        """Append one line to the timing log.  ``CheckpointError`` if it cannot be
+        written.
+        """
         with self.writing("the timing log"), open(self.timing, "a") as file:
             file.write(json.dumps(record) + "\n")
 
     def logged(self) -> list[dict[str, Any]]:
         """All records of the metrics log."""
-        return [json.loads(line) for line in self.metrics.read_text().splitlines()] if self.metrics.exists() else []
+        return (
+            [json.loads(line) for line in self.metrics.read_text().splitlines()]
+            if self.metrics.exists()
+            else []
+        )
 
     def summary(self) -> dict[str, Any] | None:
         """What a finished run wrote, or ``None``."""
@@ -278,9 +356,9 @@ class RunDirectory:
 class PretrainResult:
     """How a run ended; losses are means over removed patches, in model units.
 
-    ``train_loss`` is the mean over the last epoch's steps, ``held_out_loss`` that of held-out pictures under
-    fixed masks; ``expected`` the range of ``train_loss`` that is normal for an unchanged preset, else
-    ``None``.
+    ``train_loss`` is the mean over the last epoch's steps, ``held_out_loss`` that of
+    held-out pictures under fixed masks; ``expected`` the range of ``train_loss`` that
+    is normal for an unchanged preset, else ``None``.
     """
 
     output_dir: Path
@@ -323,7 +401,9 @@ def describe(result: PretrainResult) -> list[str]:
         f"{result.trivial.mean_patch:.4f} the mean patch",
     ]
     if result.unreadable:
-        lines.append(f"unreadable pictures        {result.unreadable}, named above, replaced by others")
+        lines.append(
+            f"unreadable pictures        {result.unreadable}, named above, replaced by others"
+        )
     lines.append(
         f"saved in {result.output_dir}: model.safetensors, config.json, run.json, metrics.jsonl, {PICTURES_FILE}"
     )

@@ -1,4 +1,5 @@
-r"""What a model fills in: loss and signal-to-noise ratio on removed patches, yardsticks for them, pictures.
+r"""What a model fills in: loss and signal-to-noise ratio on removed patches, yardsticks
+for them, pictures.
 
 Book: :ref:`ch-first-training`.
 """
@@ -31,8 +32,8 @@ COLUMNS = ("masked input", "reconstruction", "visible + reconstruction", "origin
 class TrivialLoss:
     """What knowing nothing of the visible patches costs, in model units.
 
-    ``mean_patch``: predicting one patch, the mean of all; ``mean_picture``: at each position that position's
-    mean.
+    ``mean_patch``: predicting one patch, the mean of all; ``mean_picture``: at each
+    position that position's mean.
     """
 
     mean_patch: float
@@ -41,8 +42,9 @@ class TrivialLoss:
 
 @dataclass(frozen=True)
 class RatioScore:
-    """Reconstruction at one masking ratio, on removed patches: the model's loss, and the peak signal-to-noise
-    ratio in dB of its prediction and of the mean picture's."""
+    """Reconstruction at one masking ratio, on removed patches: the model's loss, and
+    the peak signal-to-noise ratio in dB of its prediction and of the mean picture's.
+    """
 
     mask_ratio: float
     loss: float
@@ -50,22 +52,31 @@ class RatioScore:
     mean_picture_psnr: float
 
 
-def some_pictures(source: ImageSource, config: FrameConfig, count: int = YARDSTICK_PICTURES) -> Images:
-    """Up to ``count`` readable pictures (B, C, H, W) in [0, 1], spread evenly over a source, not augmented.
+def some_pictures(
+    source: ImageSource, config: FrameConfig, count: int = YARDSTICK_PICTURES
+) -> Images:
+    """Up to ``count`` readable pictures (B, C, H, W) in [0, 1], spread evenly over a
+    source, not augmented.
 
     Raises ``ValueError`` if none is readable.
     """
-    chosen = np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(int)
-    batches = evaluation_batches(SelectedImages(source, chosen), image_size(config), config.channels)
+    chosen = (
+        np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(int)
+    )
+    batches = evaluation_batches(
+        SelectedImages(source, chosen), image_size(config), config.channels
+    )
     images = torch.cat([batch.images for batch in batches])
     if len(images) == 0:
-        raise ValueError(f"none of {len(chosen)} pictures can be read, the first: {source.name(int(chosen[0]))}")
+        raise ValueError(
+            f"none of {len(chosen)} pictures can be read, the first: {source.name(int(chosen[0]))}"
+        )
     return images
 
 
 def trivial_loss(model: MaskedAutoencoder, images: Images) -> TrivialLoss:
-    r"""The loss of predicting means, from the variance of the targets :math:`t_{ijk}` (picture, position,
-    pixel),
+    r"""The loss of predicting means, from the variance of the targets :math:`t_{ijk}`
+    (picture, position, pixel),
 
     .. math:: \mathrm{mean}_{ijk} (t_{ijk} - \bar t_{k})^2 \quad\text{and}\quad
               \mathrm{mean}_{ijk} (t_{ijk} - \bar t_{jk})^2.
@@ -86,9 +97,14 @@ def trivial_loss(model: MaskedAutoencoder, images: Images) -> TrivialLoss:
 
 @torch.no_grad()
 def held_out_loss(
-    model: MaskedAutoencoder, images: Images, mask_ratio: float, seed: int = 0, batch_size: int = 256
+    model: MaskedAutoencoder,
+    images: Images,
+    mask_ratio: float,
+    seed: int = 0,
+    batch_size: int = 256,
 ) -> float:
-    """Mean loss of pictures (B, C, H, W) in [0, 1] under masks fixed by ``seed``, in evaluation mode.
+    """Mean loss of pictures (B, C, H, W) in [0, 1] under masks fixed by ``seed``, in
+    evaluation mode.
 
     Book: :ref:`ch-first-training`.
     """
@@ -99,7 +115,11 @@ def held_out_loss(
     noise = mask_noise(seed, 0, len(images), length, Stream.EVALUATION_MASK)
     total = 0.0
     for rows in torch.arange(len(images)).split(batch_size):
-        loss = model(model.standardize(images[rows].to(device)), mask_ratio, noise[rows].to(device)).loss
+        loss = model(
+            model.standardize(images[rows].to(device)),
+            mask_ratio,
+            noise[rows].to(device),
+        ).loss
         total += float(loss) * len(rows)
     model.train(was_training)
     return total / len(images)
@@ -118,14 +138,15 @@ def reconstruction_by_ratio(
 
     .. math:: \mathrm{PSNR} = -10 \log_{10} \mathrm{mean}_{\text{removed pixels}} (\hat x - x)^2,
 
-    with pixels in [0, 1], predictions de-normalised and cut off at 0 and 1, the mean over all removed pixels
-    of all pictures.
+    with pixels in [0, 1], predictions de-normalised and cut off at 0 and 1, the mean
+    over all removed pixels of all pictures.
 
     Parameters
     ----------
     model : used in evaluation mode, on its device.
     images : (B, C, H, W) in [0, 1].
-    mean_picture : (C, H, W) in [0, 1], of the training pictures: the prediction that needs no model.
+    mean_picture : (C, H, W) in [0, 1], of the training pictures: the prediction that
+        needs no model.
     mask_ratios : each in (0, 1).
     seed : of the masks.
 
@@ -144,20 +165,27 @@ def reconstruction_by_ratio(
     scores = []
     for ratio in mask_ratios:
         if not 0 < length - int(length * (1 - ratio)) < length:
-            raise ValueError(f"mask_ratio={ratio} must leave some of {length} patches visible and remove some")
+            raise ValueError(
+                f"mask_ratio={ratio} must leave some of {length} patches visible and remove some"
+            )
         loss = squared = mean_squared = pixels = 0.0
         for rows in torch.arange(len(images)).split(batch_size):
             pictures, masks = images[rows].to(device), noise[rows].to(device)
             standardized = model.standardize(pictures)
             loss += float(model(standardized, ratio, masks).loss) * len(rows)
-            # Visible pixels of the pasted picture are the input's, so their error is zero.
+            # Visible pixels of the pasted picture are the input's, so their error is
+            # zero.
             pasted = model.reconstruct(standardized, ratio, masks)
             error = model.unstandardize(pasted.pasted).clamp(0, 1) - pictures
             removed = removed_pixels(pasted.mask, model.config)
             squared += float((error.square() * removed).sum())
-            mean_squared += float(((mean_picture.to(device) - pictures).square() * removed).sum())
+            mean_squared += float(
+                ((mean_picture.to(device) - pictures).square() * removed).sum()
+            )
             pixels += float(removed.sum()) * pictures.shape[1]
-        psnr, mean_psnr = (-10 * math.log10(total / pixels) for total in (squared, mean_squared))
+        psnr, mean_psnr = (
+            -10 * math.log10(total / pixels) for total in (squared, mean_squared)
+        )
         scores.append(RatioScore(ratio, loss / len(images), psnr, mean_psnr))
     model.train(was_training)
     return scores
@@ -167,14 +195,20 @@ def removed_pixels(mask: PatchMask, config: FrameConfig) -> Tensor:
     """A patch mask (B, L) as pixels (B, 1, H, W)."""
     rows, columns = config.grid
     pixels = mask.reshape(-1, 1, rows, columns)
-    return pixels.repeat_interleave(config.patch_size, 2).repeat_interleave(config.patch_size, 3)
+    return pixels.repeat_interleave(config.patch_size, 2).repeat_interleave(
+        config.patch_size, 3
+    )
 
 
-def reconstruction_rows(model: MaskedAutoencoder, images: Images, mask_ratio: float, noise: PatchNoise) -> Tensor:
-    """Pictures (B, 4, C, H, W) in [0, 1]: masked input, reconstruction, the two pasted together, original.
+def reconstruction_rows(
+    model: MaskedAutoencoder, images: Images, mask_ratio: float, noise: PatchNoise
+) -> Tensor:
+    """Pictures (B, 4, C, H, W) in [0, 1]: masked input, reconstruction, the two pasted
+    together, original.
 
-    Removed patches of the masked input are grey.  Predictions are brought back to pixels, de-normalised where
-    the model predicts normalised patches, and cut off at 0 and 1.
+    Removed patches of the masked input are grey.  Predictions are brought back to
+    pixels, de-normalised where the model predicts normalised patches, and cut off at 0
+    and 1.
 
     Parameters
     ----------
@@ -192,27 +226,45 @@ def reconstruction_rows(model: MaskedAutoencoder, images: Images, mask_ratio: fl
     parts = model.reconstruct(model.standardize(images), mask_ratio, noise)
     model.train(was_training)
     masked = torch.where(removed_pixels(parts.mask, model.config) > 0, 0.5, images)
-    predicted, pasted = (model.unstandardize(p) for p in (parts.predicted, parts.pasted))
+    predicted, pasted = (
+        model.unstandardize(p) for p in (parts.predicted, parts.pasted)
+    )
     return torch.stack([masked, predicted, pasted, images], dim=1).clamp(0, 1).cpu()
 
 
 def save_reconstructions(
-    path: str | Path, model: MaskedAutoencoder, images: Images, mask_ratio: float, noise: PatchNoise
+    path: str | Path,
+    model: MaskedAutoencoder,
+    images: Images,
+    mask_ratio: float,
+    noise: PatchNoise,
 ) -> None:
-    """Write the figure of :func:`reconstruction_rows` as PNG, one row a picture; the file is whole or absent.
+    """Write the figure of :func:`reconstruction_rows` as PNG, one row a picture; the
+    file is whole or absent.
 
-    Raises ``ValueError`` if there is no picture, ``OSError`` if the file cannot be written.
+    Raises ``ValueError`` if there is no picture, ``OSError`` if the file cannot be
+    written.
     """
     from matplotlib.figure import Figure
 
     if len(images) == 0:
         raise ValueError("there is no picture to reconstruct")
-    grid = reconstruction_rows(model, images, mask_ratio, noise).movedim(2, -1).numpy()  # (B, 4, H, W, C)
-    figure = Figure(figsize=(1.6 * len(COLUMNS), 1.6 * len(grid) + 0.3), dpi=120, layout="constrained")
+    # (B, 4, H, W, C)
+    grid = reconstruction_rows(model, images, mask_ratio, noise).movedim(2, -1).numpy()
+    figure = Figure(
+        figsize=(1.6 * len(COLUMNS), 1.6 * len(grid) + 0.3),
+        dpi=120,
+        layout="constrained",
+    )
     axes = np.atleast_2d(figure.subplots(len(grid), len(COLUMNS), squeeze=False))
     for row, pictures in zip(axes, grid, strict=True):
         for axis, picture in zip(row, pictures, strict=True):
-            axis.imshow(picture if picture.shape[-1] == 3 else picture[..., 0], cmap="gray", vmin=0, vmax=1)
+            axis.imshow(
+                picture if picture.shape[-1] == 3 else picture[..., 0],
+                cmap="gray",
+                vmin=0,
+                vmax=1,
+            )
             axis.set_axis_off()
     for axis, title in zip(axes[0], COLUMNS, strict=True):
         axis.set_title(title, fontsize=8)

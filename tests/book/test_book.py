@@ -1,4 +1,6 @@
-"""The book: it builds without a warning, every claim in it ran, and its chapters keep the book's form."""
+"""The book: it builds without a warning, every claim in it ran, and its chapters keep
+the book's form.
+"""
 
 import ast
 import re
@@ -27,12 +29,24 @@ def toc() -> dict:
 def pages() -> list[str]:
     """All pages, in order."""
     contents = toc()
-    return [contents["root"], *(chapter["file"] for part in contents["parts"] for chapter in part["chapters"])]
+    return [
+        contents["root"],
+        *(
+            chapter["file"]
+            for part in contents["parts"]
+            for chapter in part["chapters"]
+        ),
+    ]
 
 
 def chapters() -> list[str]:
     """The pages of the numbered parts."""
-    return [chapter["file"] for part in toc()["parts"] if part.get("numbered") for chapter in part["chapters"]]
+    return [
+        chapter["file"]
+        for part in toc()["parts"]
+        if part.get("numbered")
+        for chapter in part["chapters"]
+    ]
 
 
 def text_of(page: str) -> str:
@@ -80,7 +94,9 @@ def test_book_builds_without_a_warning(build_log: str) -> None:
 @pytest.mark.book
 @pytest.mark.usefixtures("build_log")
 def test_ledger_has_every_claim_once() -> None:
-    page = BeautifulSoup((HTML / "book" / "ledger.html").read_text(encoding="utf8"), "html.parser")
+    page = BeautifulSoup(
+        (HTML / "book" / "ledger.html").read_text(encoding="utf8"), "html.parser"
+    )
     labels = [link.get_text() for link in page.select("table.ledger a.ledger-link")]
     written = {name: claims_written(name) for name in pages()}
     assert len(labels) == len(set(labels)) == sum(written.values())
@@ -88,16 +104,26 @@ def test_ledger_has_every_claim_once() -> None:
     assert total is not None
     assert total.get_text() == f"{len(labels)} claims"
     rows = page.select("table.ledger-summary tbody tr")
-    by_kind = {row.select("td")[0].get_text(strip=True): int(row.select("td")[2].get_text()) for row in rows}
-    verdicts = Counter(tag.get_text(strip=True) for tag in page.select("table.ledger tbody .claim-kind"))
-    assert {kind: number for kind, number in by_kind.items() if number} == dict(verdicts)
+    by_kind = {
+        row.select("td")[0].get_text(strip=True): int(row.select("td")[2].get_text())
+        for row in rows
+    }
+    verdicts = Counter(
+        tag.get_text(strip=True)
+        for tag in page.select("table.ledger tbody .claim-kind")
+    )
+    assert {kind: number for kind, number in by_kind.items() if number} == dict(
+        verdicts
+    )
 
 
 @pytest.mark.book
 @pytest.mark.usefixtures("build_log")
 @pytest.mark.parametrize("page", pages())
 def test_every_claim_of_a_page_ran(page: str) -> None:
-    html = BeautifulSoup((HTML / f"{page}.html").read_text(encoding="utf8"), "html.parser")
+    html = BeautifulSoup(
+        (HTML / f"{page}.html").read_text(encoding="utf8"), "html.parser"
+    )
     boxes = html.select("div.claim[id^=clm-]")
     assert len(boxes) == claims_written(page)
 
@@ -106,7 +132,11 @@ def test_every_claim_of_a_page_ran(page: str) -> None:
 @pytest.mark.usefixtures("build_log")
 def test_second_build_executes_nothing() -> None:
     done = subprocess.run(
-        [sys.executable, ROOT / "book" / "_ext" / "build.py"], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, ROOT / "book" / "_ext" / "build.py"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert "Executing notebook" not in done.stdout + done.stderr
     assert " executed in " not in done.stdout
@@ -126,7 +156,10 @@ def test_page_opens_with_its_question(page: str) -> None:
     if page.endswith(("bibliography",)):
         pytest.skip("a list")
     body = prose(text_of(page))
-    label, title = re.search(r"(?m)^\((ch-[a-z0-9-]+)\)=\n", body), re.search(r"(?m)^# .+$", body)
+    label, title = (
+        re.search(r"(?m)^\((ch-[a-z0-9-]+)\)=\n", body),
+        re.search(r"(?m)^# .+$", body),
+    )
     assert label, "the page has no (ch-...)= label"
     assert title, "the page has no title"
     assert "?" in body[title.end() :][:900], "no question in the first paragraphs"
@@ -140,7 +173,10 @@ def test_chapter_has_claims(page: str) -> None:
 @pytest.mark.parametrize("page", chapters())
 def test_exercises_have_solutions_and_one_is_code(page: str) -> None:
     text = text_of(page)
-    exercises = re.findall(r"(?m)^\s*[`:]{3,}\{exercise(?:-start)?\}.*\n(?:\s*:class:.*\n)?\s*:label:\s*(\S+)", text)
+    exercises = re.findall(
+        r"(?m)^\s*[`:]{3,}\{exercise(?:-start)?\}.*\n(?:\s*:class:.*\n)?\s*:label:\s*(\S+)",
+        text,
+    )
     solutions = re.findall(r"(?m)^\s*[`:]{3,}\{solution(?:-start)?\}\s*(\S+)", text)
     assert 3 <= len(exercises) <= 6
     assert sorted(exercises) == sorted(solutions)
@@ -151,16 +187,23 @@ def test_exercises_have_solutions_and_one_is_code(page: str) -> None:
 @pytest.mark.parametrize("page", chapters())
 def test_chapter_ends_as_all_do(page: str) -> None:
     headings = re.findall(r"(?m)^##+ (.+)$", prose(text_of(page)))
-    assert any(re.fullmatch(r"What this chapter added to `crate_core`", heading) for heading in headings), headings
+    assert any(
+        re.fullmatch(r"What this chapter added to `crate_core`", heading)
+        for heading in headings
+    ), headings
 
 
 @pytest.mark.parametrize("page", chapters())
 def test_figures_have_alt_text_and_caption(page: str) -> None:
-    for block in re.findall(r"(?ms)^```\{code-cell\}[^\n]*\n---\n(.*?)\n---\n", text_of(page)):
+    for block in re.findall(
+        r"(?ms)^```\{code-cell\}[^\n]*\n---\n(.*?)\n---\n", text_of(page)
+    ):
         options = (yaml.safe_load(block) or {}).get("mystnb") or {}
         if "figure" in options:
             assert options["figure"].get("caption"), block
-            assert re.fullmatch(r"fig-[a-z0-9-]+", options["figure"].get("name", "")), block
+            assert re.fullmatch(r"fig-[a-z0-9-]+", options["figure"].get("name", "")), (
+                block
+            )
             assert len((options.get("image") or {}).get("alt") or "") > 20, block
 
 
@@ -171,9 +214,17 @@ def bare_comparisons(code: str) -> Iterator[int]:
         if not isinstance(node, ast.Expr):
             continue
         value = node.value
-        while isinstance(value, ast.Call) and ast.unparse(value.func) == "print" and len(value.args) == 1:
+        while (
+            isinstance(value, ast.Call)
+            and ast.unparse(value.func) == "print"
+            and len(value.args) == 1
+        ):
             value = value.args[0]
-        name = value.func.attr if isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute) else ""
+        name = (
+            value.func.attr
+            if isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute)
+            else ""
+        )
         if (
             isinstance(value, ast.Compare)
             or name in compares
@@ -186,12 +237,18 @@ def bare_comparisons(code: str) -> Iterator[int]:
 def test_no_check_is_only_shown(page: str) -> None:
     text = text_of(page)
     if is_notebook(text):
-        assert [(cell, line) for cell, code in code_cells(text) for line in bare_comparisons(code)] == []
+        assert [
+            (cell, line)
+            for cell, code in code_cells(text)
+            for line in bare_comparisons(code)
+        ] == []
 
 
 def test_bare_comparisons_are_found() -> None:
     assert list(bare_comparisons("x = 1\nx == 1\nassert x == 1")) == [2]
-    assert list(bare_comparisons("torch.allclose(a, b)\nassert torch.allclose(a, b)")) == [1]
+    assert list(
+        bare_comparisons("torch.allclose(a, b)\nassert torch.allclose(a, b)")
+    ) == [1]
     assert list(bare_comparisons("print(np.allclose(a, b))\nprint('a', 1)")) == [1]
 
 
@@ -199,8 +256,12 @@ def test_bare_comparisons_are_found() -> None:
 def test_chapter_imports_from_defining_modules(page: str) -> None:
     for cell, code in code_cells(text_of(page)):
         for node in ast.walk(ast.parse(code)):
-            plain = isinstance(node, ast.Import) and any(alias.name == "crate_core" for alias in node.names)
-            assert not plain, f"cell {cell}: `import crate_core` makes the page depend on every module"
+            plain = isinstance(node, ast.Import) and any(
+                alias.name == "crate_core" for alias in node.names
+            )
+            assert not plain, (
+                f"cell {cell}: `import crate_core` makes the page depend on every module"
+            )
 
 
 # ---- references from docstrings to the book ----
@@ -223,7 +284,8 @@ def test_labels_in_docstrings_resolve() -> None:
     labels, missing = book_labels(), []
     for path in sorted((ROOT / "crate_core").rglob("*.py")):
         for target in re.findall(
-            r":(?:ref|eq|numref|prf:ref):`(?:[^`<]*<)?([^`>]+)>?`", path.read_text(encoding="utf8")
+            r":(?:ref|eq|numref|prf:ref):`(?:[^`<]*<)?([^`>]+)>?`",
+            path.read_text(encoding="utf8"),
         ):
             if target not in labels:
                 missing.append(f"{path.name}: {target}")
@@ -231,15 +293,27 @@ def test_labels_in_docstrings_resolve() -> None:
 
 
 def test_citations_have_entries() -> None:
-    keys = set(re.findall(r"@\w+\{([^,\s]+),", (ROOT / "book" / "references.bib").read_text(encoding="utf8")))
-    sources = [*(ROOT / "crate_core").rglob("*.py"), *(ROOT / f"{page}.md" for page in pages())]
+    keys = set(
+        re.findall(
+            r"@\w+\{([^,\s]+),",
+            (ROOT / "book" / "references.bib").read_text(encoding="utf8"),
+        )
+    )
+    sources = [
+        *(ROOT / "crate_core").rglob("*.py"),
+        *(ROOT / f"{page}.md" for page in pages()),
+    ]
     cited = set()
     for source in sources:
-        for group in re.findall(r"cite(?::[a-z]+)?[}:]`([^`]+)`", source.read_text(encoding="utf8")):
+        for group in re.findall(
+            r"cite(?::[a-z]+)?[}:]`([^`]+)`", source.read_text(encoding="utf8")
+        ):
             cited |= {key.strip() for key in group.split(",")}
     assert not cited - keys
 
 
 def test_kinds_are_those_of_the_package() -> None:
-    companion = pytest.importorskip("crate_core.companion", reason="needs the book extra")
+    companion = pytest.importorskip(
+        "crate_core.companion", reason="needs the book extra"
+    )
     assert tuple(claims.KINDS) == tuple(companion.CLAIM_KINDS)

@@ -1,4 +1,6 @@
-"""Claims fail when their check fails; sources, mathematics and players are shown as they are."""
+"""Claims fail when their check fails; sources, mathematics and players are shown as
+they are.
+"""
 
 import base64
 import json
@@ -13,7 +15,14 @@ import pytest
 from matplotlib.figure import Figure
 
 from crate_core import companion
-from crate_core.companion import CLAIM_KINDS, claim, math_to_html, player, show_source, source_without_docstring
+from crate_core.companion import (
+    CLAIM_KINDS,
+    claim,
+    math_to_html,
+    player,
+    show_source,
+    source_without_docstring,
+)
 from crate_core.theory.mixture import LowRankGaussianMixture
 from crate_core.theory.rate import coding_rate
 
@@ -22,12 +31,21 @@ from crate_core.theory.rate import coding_rate
 def shown(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
     """What a chapter would display, as mime bundles."""
     bundles: list[dict[str, str]] = []
-    monkeypatch.setattr(companion, "display", lambda thing: bundles.append(thing._repr_mimebundle_()))
+    monkeypatch.setattr(
+        companion, "display", lambda thing: bundles.append(thing._repr_mimebundle_())
+    )
     return bundles
 
 
 def state(label: str = "clm-test", kind: str = "numerical", **outcome: bool) -> None:
-    claim(label, "$a < b$ and `c`", conditions="always", kind=kind, evidence="looked", **outcome)
+    claim(
+        label,
+        "$a < b$ and `c`",
+        conditions="always",
+        kind=kind,
+        evidence="looked",
+        **outcome,
+    )
 
 
 def test_claim_is_shown_only_when_it_holds(shown: list[dict[str, str]]) -> None:
@@ -39,7 +57,9 @@ def test_claim_is_shown_only_when_it_holds(shown: list[dict[str, str]]) -> None:
 
 
 @pytest.mark.parametrize("kind", CLAIM_KINDS)
-def test_every_kind_needs_an_outcome_except_what_was_not_reproduced(kind: str, shown: list[dict[str, str]]) -> None:
+def test_every_kind_needs_an_outcome_except_what_was_not_reproduced(
+    kind: str, shown: list[dict[str, str]]
+) -> None:
     if kind == "not reproduced":
         state(kind=kind)
         with pytest.raises(ValueError, match="has no outcome"):
@@ -60,7 +80,9 @@ def test_mathematics_survives_escaping() -> None:
     assert math_to_html("$a<b$ & `x<y`") == r"\(a&lt;b\) &amp; <code>x&lt;y</code>"
 
 
-def test_source_is_the_package_s_own_without_docstrings(shown: list[dict[str, str]]) -> None:
+def test_source_is_the_package_s_own_without_docstrings(
+    shown: list[dict[str, str]],
+) -> None:
     code = source_without_docstring(coding_rate)
     assert code.startswith("def coding_rate(")
     assert '"""' not in code
@@ -77,7 +99,9 @@ def draw(index: int) -> Figure:
     return figure
 
 
-def test_player_carries_every_frame_and_no_outside_reference(shown: list[dict[str, str]]) -> None:
+def test_player_carries_every_frame_and_no_outside_reference(
+    shown: list[dict[str, str]],
+) -> None:
     labels = [f"t = {index} </script>" for index in range(3)]
     player(draw, labels, alt="a line that rises", still=1)
     code = shown[0]["text/html"]
@@ -85,7 +109,9 @@ def test_player_carries_every_frame_and_no_outside_reference(shown: list[dict[st
     frames = json.loads(listed)
     assert len(frames) == 3
     assert len(set(frames)) == 3
-    assert all(base64.b64decode(frame.split(",")[1]).startswith(b"\x89PNG") for frame in frames)
+    assert all(
+        base64.b64decode(frame.split(",")[1]).startswith(b"\x89PNG") for frame in frames
+    )
     assert f'src="{frames[1]}"' in code
     assert "http" not in code
     assert code.count("</script>") == 1

@@ -1,4 +1,6 @@
-"""The book's own Sphinx extensions: what a page depends on, which claims it makes, what its notebook holds."""
+"""The book's own Sphinx extensions: what a page depends on, which claims it makes, what
+its notebook holds.
+"""
 
 import ast
 import os
@@ -34,7 +36,12 @@ kernelspec:
 def page(*cells: str, text: str = "# Title\n") -> str:
     """A page with these code cells."""
     return (
-        FRONT + text + "".join(f"\n```{{code-cell}} python\n{textwrap.dedent(cell).strip()}\n```\n" for cell in cells)
+        FRONT
+        + text
+        + "".join(
+            f"\n```{{code-cell}} python\n{textwrap.dedent(cell).strip()}\n```\n"
+            for cell in cells
+        )
     )
 
 
@@ -65,7 +72,8 @@ def package(tmp_path: Path) -> depcache.Package:
     ("code", "modules"),
     [
         ("from pkg.low import f", {"low"}),
-        ("from pkg import f", {"low"}),  # followed through the re-export, not everything
+        # followed through the re-export, not everything
+        ("from pkg import f", {"low"}),
         ("from pkg import g", {"high", "middle", "low"}),
         ("from pkg import alone", {"alone"}),
         ("import pkg.middle as m", {"middle", "low"}),
@@ -74,19 +82,31 @@ def package(tmp_path: Path) -> depcache.Package:
         ("def f():\n    from pkg.alone import x", {"alone"}),
         ("import numpy", set()),
         ("import pkg", {"low", "middle", "late", "high", "relative", "data", "alone"}),
-        ("from pkg import *", {"low", "middle", "late", "high", "relative", "data", "alone"}),
+        (
+            "from pkg import *",
+            {"low", "middle", "late", "high", "relative", "data", "alone"},
+        ),
     ],
 )
-def test_imports_are_followed(package: depcache.Package, code: str, modules: set[str]) -> None:
-    assert depcache.transitive_imports(ast.parse(code), package) == {f"pkg.{name}" for name in modules}
+def test_imports_are_followed(
+    package: depcache.Package, code: str, modules: set[str]
+) -> None:
+    assert depcache.transitive_imports(ast.parse(code), package) == {
+        f"pkg.{name}" for name in modules
+    }
 
 
 def digest(package: depcache.Package, text: str) -> str:
     return depcache.page_digest(text, package.folder.parent, ["pkg"], ["results"])
 
 
-@pytest.mark.parametrize(("edited", "changes"), [("low", True), ("middle", True), ("alone", False), ("late", False)])
-def test_digest_changes_with_dependencies_only(package: depcache.Package, edited: str, changes: bool) -> None:
+@pytest.mark.parametrize(
+    ("edited", "changes"),
+    [("low", True), ("middle", True), ("alone", False), ("late", False)],
+)
+def test_digest_changes_with_dependencies_only(
+    package: depcache.Package, edited: str, changes: bool
+) -> None:
     text = page("from pkg import g")
     before = digest(package, text)
     path = package.folder / f"{edited}.py"
@@ -100,7 +120,10 @@ def test_digest_changes_with_dependencies_only(package: depcache.Package, edited
 def test_digest_changes_with_named_results(package: depcache.Package) -> None:
     results = package.folder.parent / "results"
     results.mkdir()
-    direct, through_module = page('path = "../results/run.json"'), page("from pkg.data import PATH")
+    direct, through_module = (
+        page('path = "../results/run.json"'),
+        page("from pkg.data import PATH"),
+    )
     other = page("x = 1")
     before = [digest(package, text) for text in (direct, through_module, other)]
     (results / "run.json").write_text("{}")
@@ -112,13 +135,17 @@ def test_digest_moves_no_line() -> None:
     marked = depcache.with_digest(page("x = 1"), "0123")
     assert marked.count("\n") == page("x = 1").count("\n")
     assert "display_name: Python 3 (ipykernel) [0123]" in marked
-    assert depcache.with_digest("# a page without cells", "0123") == "# a page without cells"
+    assert (
+        depcache.with_digest("# a page without cells", "0123")
+        == "# a page without cells"
+    )
 
 
 def test_magics_do_not_hide_imports() -> None:
     tree = depcache.page_code(page("%matplotlib inline\nfrom pkg.low import f\n!ls"))
     assert "from pkg.low import f" in ast.unparse(tree)
-    plain = "x = (\n    5\n    % 3\n)"  # a line of plain Python that begins as a magic does
+    # a line of plain Python that begins as a magic does
+    plain = "x = (\n    5\n    % 3\n)"
     assert [code for _, code in depcache.code_cells(page(plain))] == [plain]
 
 
@@ -134,7 +161,16 @@ claim("clm-a-b", r"It is $x$ " "and so on.",
 def test_claims_are_read() -> None:
     found, problems = claims.read_claims(page(CLAIM), "book/a")
     assert problems == []
-    assert found == [claims.Claim("clm-a-b", "It is $x$ and so on.", "always", "numerical", "a check", "book/a")]
+    assert found == [
+        claims.Claim(
+            "clm-a-b",
+            "It is $x$ and so on.",
+            "always",
+            "numerical",
+            "a check",
+            "book/a",
+        )
+    ]
 
 
 @pytest.mark.parametrize("bad", ['f"always"', "conditions", '"a" + b'])
@@ -154,12 +190,29 @@ def test_arguments_must_be_literal(bad: str) -> None:
         ({"kind": "obvious"}, 1, "unknown kind"),
         ({"label": "rate-x"}, 1, "a label is clm-"),
         ({"test": "tests/book/test_extensions.py::test_claims_are_read"}, 0, None),
-        ({"test": "tests/book/test_extensions.py::test_nothing"}, 0, "there is no test"),
-        ({"test": "tests/test_nothing.py::test_claims_are_read"}, 0, "there is no test"),
+        (
+            {"test": "tests/book/test_extensions.py::test_nothing"},
+            0,
+            "there is no test",
+        ),
+        (
+            {"test": "tests/test_nothing.py::test_claims_are_read"},
+            0,
+            "there is no test",
+        ),
     ],
 )
-def test_claims_are_checked(change: dict[str, str], boxes: int, said: str | None) -> None:
-    values = {"label": "clm-a", "statement": "s", "conditions": "c", "kind": "proved", "evidence": "e", "docname": "d"}
+def test_claims_are_checked(
+    change: dict[str, str], boxes: int, said: str | None
+) -> None:
+    values = {
+        "label": "clm-a",
+        "statement": "s",
+        "conditions": "c",
+        "kind": "proved",
+        "evidence": "e",
+        "docname": "d",
+    }
     claim = claims.Claim(**(values | change))
     problems = claims.check_claim(claim, Counter({claim.label: boxes}), ROOT)
     assert len(problems) == (said is not None)
@@ -193,12 +246,16 @@ x = y
 def test_notebook_is_plain_and_complete() -> None:
     macros: dict[str, str | list] = {"RR": r"\mathbb{R}", "n": ["|#1|", 1]}
     text_of_page = page("x = 1", "y = 2", text=MYST)
-    notebook = notebooks.make_notebook(text_of_page, "Title", macros, {"ch-c": ("c.ipynb", "Chapter C")})
+    notebook = notebooks.make_notebook(
+        text_of_page, "Title", macros, {"ch-c": ("c.ipynb", "Chapter C")}
+    )
     nbformat.validate(notebook)
     code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
     assert code[1:] == ["x = 1", "y = 2"]
     assert 'pip install -e ".[book]"' in code[0]
-    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    text = "\n".join(
+        cell.source for cell in notebook.cells if cell.cell_type == "markdown"
+    )
     assert r"\def\RR{\mathbb{R}}" in text
     assert r"\newcommand{\n}[1]{|#1|}" in text
     assert "**Theorem (Name).**" in text
@@ -214,7 +271,9 @@ def test_notebook_is_plain_and_complete() -> None:
 
 
 def test_notebook_is_repeatable() -> None:
-    first, second = (notebooks.make_notebook(page("x = 1"), "Title", {}) for _ in range(2))
+    first, second = (
+        notebooks.make_notebook(page("x = 1"), "Title", {}) for _ in range(2)
+    )
     assert nbformat.writes(first) == nbformat.writes(second)
 
 
@@ -243,13 +302,22 @@ class SmallBook:
     def __init__(self, root: Path) -> None:
         self.root = root
         (root / "pkg").mkdir()
-        self.write("pkg/__init__.py", "from pkg.one import f as f\nfrom pkg.two import g as g\n")
+        self.write(
+            "pkg/__init__.py",
+            "from pkg.one import f as f\nfrom pkg.two import g as g\n",
+        )
         self.write("pkg/one.py", "def f():\n    return 1\n")
         self.write("pkg/two.py", "def g():\n    return 2\n")
         self.write("pkg/show.py", SHOW)
         self.write("conf.py", CONFIG.format(ext=str(ROOT / "book" / "_ext")))
         self.write("index.md", "# Index\n\n```{toctree}\na\nb\nledger\n```\n")
-        self.write("a.md", page("from pkg import f\nfrom pkg.show import claim\nprint(f())", self.claim("clm-a")))
+        self.write(
+            "a.md",
+            page(
+                "from pkg import f\nfrom pkg.show import claim\nprint(f())",
+                self.claim("clm-a"),
+            ),
+        )
         self.write("b.md", page("from pkg import g\nprint(g())"))
         self.write("ledger.md", "# Ledger\n\n```{claims-ledger}\n```\n")
 
@@ -268,10 +336,19 @@ class SmallBook:
             capture_output=True,
             text=True,
             check=True,
-            env=os.environ | {"PYTHONPATH": str(self.root), "NO_COLOR": "1", "PYTHONDONTWRITEBYTECODE": "1"},
+            env=os.environ
+            | {
+                "PYTHONPATH": str(self.root),
+                "NO_COLOR": "1",
+                "PYTHONDONTWRITEBYTECODE": "1",
+            },
         )
-        executed = set(re.findall(r"(\w+)\.md: Executing notebook", done.stdout + done.stderr))
-        return executed, [line for line in done.stderr.splitlines() if "WARNING: " in line]
+        executed = set(
+            re.findall(r"(\w+)\.md: Executing notebook", done.stdout + done.stderr)
+        )
+        return executed, [
+            line for line in done.stderr.splitlines() if "WARNING: " in line
+        ]
 
     def shown(self, name: str) -> str:
         return (self.root / "_build" / "html" / f"{name}.html").read_text()
@@ -300,7 +377,9 @@ def test_editing_a_module_executes_its_dependents_only(small_book: SmallBook) ->
 def test_ledger_follows_the_pages(small_book: SmallBook) -> None:
     original = (small_book.root / "b.md").read_text()
     assert "clm-b" not in small_book.shown("ledger")
-    small_book.write("b.md", page("from pkg.show import claim", small_book.claim("clm-b")))
+    small_book.write(
+        "b.md", page("from pkg.show import claim", small_book.claim("clm-b"))
+    )
     assert small_book.build() == ({"b"}, [])
     assert "b.html#clm-b" in small_book.shown("ledger")
     assert "2 claims" in small_book.shown("ledger")
@@ -312,7 +391,11 @@ def test_ledger_follows_the_pages(small_book: SmallBook) -> None:
 
 def test_build_warns_until_a_claim_is_mended(small_book: SmallBook) -> None:
     original = (small_book.root / "b.md").read_text()
-    cells = ["from pkg.show import claim", small_book.claim("clm-a"), f"if False:\n    {small_book.claim('clm-never')}"]
+    cells = [
+        "from pkg.show import claim",
+        small_book.claim("clm-a"),
+        f"if False:\n    {small_book.claim('clm-never')}",
+    ]
     small_book.write("b.md", page(*cells))
     for _ in range(2):  # the second build reads no page, and says it again
         _, warnings = small_book.build()

@@ -20,7 +20,9 @@ def code_blocks(language: str) -> list[str]:
 def run(arguments: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
     # The clone's own package, whether or not it is installed.
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(arguments, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
+    return subprocess.run(
+        arguments, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600
+    )
 
 
 @pytest.mark.processes
@@ -31,7 +33,10 @@ def test_python_script_runs_as_printed(tmp_path: Path) -> None:
     path.write_text(script)
     finished = run([sys.executable, str(path)], tmp_path)
     assert finished.returncode == 0, finished.stderr
-    assert {file.name for file in (tmp_path / "my-crate").iterdir()} == {"config.json", "model.safetensors"}
+    assert {file.name for file in (tmp_path / "my-crate").iterdir()} == {
+        "config.json",
+        "model.safetensors",
+    }
 
 
 def test_make_targets_exist() -> None:
@@ -42,14 +47,33 @@ def test_make_targets_exist() -> None:
 
 @pytest.mark.processes
 def test_crate_commands_run_as_printed(tmp_path: Path) -> None:
-    """The commands themselves, cut to a few steps and seeds: a fresh run, its evaluation, its report."""
+    """The commands themselves, cut to a few steps and seeds: a fresh run, its
+    evaluation, its report.
+    """
     pytest.importorskip("sklearn", reason="the [train] extra is not installed")
     commands = re.findall(r"^(crate .*)$", "\n".join(code_blocks("bash")), re.M)
-    assert [shlex.split(command)[1] for command in commands] == ["pretrain", "evaluate", "inspect"]
-    shortened = {"pretrain": ["--max-steps", "3"], "evaluate": ["--seeds", "1"], "inspect": []}
+    assert [shlex.split(command)[1] for command in commands] == [
+        "pretrain",
+        "evaluate",
+        "inspect",
+    ]
+    shortened = {
+        "pretrain": ["--max-steps", "3"],
+        "evaluate": ["--seeds", "1"],
+        "inspect": [],
+    }
     for command in commands:
         arguments = shlex.split(command)[1:]
-        finished = run([sys.executable, "-m", "crate_core.cli", *arguments, *shortened[arguments[0]]], tmp_path)
+        finished = run(
+            [
+                sys.executable,
+                "-m",
+                "crate_core.cli",
+                *arguments,
+                *shortened[arguments[0]],
+            ],
+            tmp_path,
+        )
         assert finished.returncode == 0, finished.stderr
     made = {file.name for file in (tmp_path / "runs" / "digits").iterdir()}
     assert made >= {"model.safetensors", "evaluation.json", "report.html"}
@@ -67,6 +91,7 @@ def test_named_files_exist() -> None:
 def test_number_of_claims() -> None:
     (promised,) = re.findall(r"more than (\d+) claims", README)
     pages = (page.read_text() for page in (ROOT / "book").glob("*.md"))
-    assert sum(len(re.findall(r"^claim\($|^claim\(\"|^```\{tested-claim\}", page, re.M)) for page in pages) > int(
-        promised
-    )
+    assert sum(
+        len(re.findall(r"^claim\($|^claim\(\"|^```\{tested-claim\}", page, re.M))
+        for page in pages
+    ) > int(promised)

@@ -1,6 +1,8 @@
-"""Every page of the built site, opened from the disk in headless Chromium without a network.
+"""Every page of the built site, opened from the disk in headless Chromium without a
+network.
 
-`make test` builds the site first (tests/book/test_book.py). Without a built site, or without Chromium, these tests skip.
+`make test` builds the site first (tests/book/test_book.py). Without a built site, or
+without Chromium, these tests skip.
 """
 
 import re
@@ -32,7 +34,10 @@ CHROMIUM_FLAGS = [
 pytestmark = [pytest.mark.site]
 
 _toc = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf8"))
-PAGES = [_toc["root"], *(chapter["file"] for part in _toc["parts"] for chapter in part["chapters"])]
+PAGES = [
+    _toc["root"],
+    *(chapter["file"] for part in _toc["parts"] for chapter in part["chapters"]),
+]
 CONFIG = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf8"))
 NOTEBOOKS = [
     page
@@ -54,12 +59,18 @@ def site() -> Path:
 @pytest.fixture(scope="module")
 def browser() -> Iterator:
     """Debian's Chromium; no browser is downloaded."""
-    executable = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    executable = (
+        shutil.which("chromium")
+        or shutil.which("chromium-browser")
+        or shutil.which("google-chrome")
+    )
     if executable is None:
         pytest.skip("no Chromium here (Debian: apt-get install chromium)")
     sync_api = pytest.importorskip("playwright.sync_api", reason="needs the test extra")
     with sync_api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=executable, args=CHROMIUM_FLAGS)
+        chromium = playwright.chromium.launch(
+            executable_path=executable, args=CHROMIUM_FLAGS
+        )
         yield chromium
         chromium.close()
 
@@ -73,15 +84,25 @@ class Visit:
 
 
 def look_for_trouble(page) -> Visit:
-    """Record console errors, script errors, failed requests and requests that leave the disk."""
+    """Record console errors, script errors, failed requests and requests that leave the
+    disk.
+    """
     visit = Visit(page)
-    page.on("console", lambda said: visit.errors.append(f"console: {said.text}") if said.type == "error" else None)
+    page.on(
+        "console",
+        lambda said: (
+            visit.errors.append(f"console: {said.text}")
+            if said.type == "error"
+            else None
+        ),
+    )
     page.on("pageerror", lambda error: visit.errors.append(f"script: {error}"))
     page.on(
         "requestfailed",
         lambda request: (
             visit.errors.append(f"failed: {request.url} ({request.failure})")
-            if request.failure != "net::ERR_ABORTED"  # what was still loading when the test left the page before
+            # what was still loading when the test left the page before
+            if request.failure != "net::ERR_ABORTED"
             else None
         ),
     )
@@ -99,7 +120,9 @@ def look_for_trouble(page) -> Visit:
 @pytest.fixture(scope="module", params=WIDTHS)
 def tab(request: pytest.FixtureRequest, browser) -> Iterator[Visit]:
     """One tab of a given width, offline, for all pages."""
-    context = browser.new_context(viewport={"width": WIDTHS[request.param], "height": 900}, offline=True)
+    context = browser.new_context(
+        viewport={"width": WIDTHS[request.param], "height": 900}, offline=True
+    )
     context.set_default_timeout(30_000)
     visit = look_for_trouble(context.new_page())
     yield visit
@@ -149,7 +172,9 @@ def test_page_works_from_disk(tab: Visit, name: str) -> None:
     assert seen["mathErrors"] == []
     assert seen["unrendered"] == 0
     assert seen["rawTex"] == []
-    assert [picture for picture in seen["pictures"] if not (picture["alt"] or "").strip()] == []
+    assert [
+        picture for picture in seen["pictures"] if not (picture["alt"] or "").strip()
+    ] == []
     assert [picture for picture in seen["pictures"] if not picture["loaded"]] == []
     index = PAGES.index(name)
     for link, neighbour in (("previous", index - 1), ("next", index + 1)):
@@ -171,10 +196,14 @@ def test_search_finds(tab: Visit, words: str) -> None:
     tab.errors.clear()
     tab.page.goto((HTML / "search.html").as_uri() + "?q=" + words.replace(" ", "+"))
     tab.page.wait_for_selector("#search-results ul.search li a")
-    found = tab.page.eval_on_selector_all("#search-results ul.search li a", "links => links.map(a => a.href)")
+    found = tab.page.eval_on_selector_all(
+        "#search-results ul.search li a", "links => links.map(a => a.href)"
+    )
     assert any("/book/" in link for link in found)
     for link in found:
-        assert Path(unquote(urldefrag(link.removeprefix("file://").split("?")[0])[0])).is_file(), link
+        assert Path(
+            unquote(urldefrag(link.removeprefix("file://").split("?")[0])[0])
+        ).is_file(), link
     assert tab.errors == []
 
 
@@ -228,7 +257,11 @@ def test_text_of_our_own_boxes_has_contrast(browser, scheme: str) -> None:
 
 
 def test_players_play(browser) -> None:
-    pages = [name for name in PAGES if 'class="crate-player"' in (HTML / f"{name}.html").read_text(encoding="utf8")]
+    pages = [
+        name
+        for name in PAGES
+        if 'class="crate-player"' in (HTML / f"{name}.html").read_text(encoding="utf8")
+    ]
     if not pages:
         pytest.skip("no page has motion yet")
     context = browser.new_context(offline=True)
@@ -236,7 +269,10 @@ def test_players_play(browser) -> None:
     for name in pages:
         page.goto((HTML / f"{name}.html").as_uri())
         for player in page.query_selector_all(".crate-player"):
-            slider, picture = player.query_selector("input[type=range]"), player.query_selector("img")
+            slider, picture = (
+                player.query_selector("input[type=range]"),
+                player.query_selector("img"),
+            )
             shown = picture.get_attribute("src")
             move = "(e, to) => { e.value = to; e.dispatchEvent(new Event('input', {bubbles: true})); }"
             slider.evaluate(move, "0")
@@ -261,7 +297,8 @@ def soup(path: Path) -> BeautifulSoup:
 def test_links_within_the_site_lead_somewhere() -> None:
     parsed = {path: soup(path) for path in HTML.rglob("*.html")}
     ids = {
-        path: {tag["id"] for tag in page.select("[id]")} | {tag["name"] for tag in page.select("a[name]")}
+        path: {tag["id"] for tag in page.select("[id]")}
+        | {tag["name"] for tag in page.select("a[name]")}
         for path, page in parsed.items()
     }
     dead = []
@@ -270,7 +307,11 @@ def test_links_within_the_site_lead_somewhere() -> None:
             address, fragment = urldefrag(link["href"])
             if re.match(r"[a-z]+:", address):
                 continue
-            target = (path.parent / unquote(address.split("?")[0])).resolve() if address else path
+            target = (
+                (path.parent / unquote(address.split("?")[0])).resolve()
+                if address
+                else path
+            )
             if not target.exists():
                 dead.append(f"{path.relative_to(HTML)}: {link['href']}")
             elif fragment and target in ids and unquote(fragment) not in ids[target]:
@@ -281,9 +322,13 @@ def test_links_within_the_site_lead_somewhere() -> None:
 def test_nothing_is_asked_of_the_network() -> None:
     asked = []
     for path in HTML.rglob("*.html"):
-        for tag in soup(path).select("script[src], link[href], img[src], iframe[src], source[src], video[src]"):
+        for tag in soup(path).select(
+            "script[src], link[href], img[src], iframe[src], source[src], video[src]"
+        ):
             address = tag.get("src") or tag.get("href")
-            if address.startswith(("http:", "https:", "//")) and tag.get("rel") != ["canonical"]:
+            if address.startswith(("http:", "https:", "//")) and tag.get("rel") != [
+                "canonical"
+            ]:
                 asked.append(f"{path.relative_to(HTML)}: {address}")
     assert not asked
 
@@ -297,7 +342,10 @@ def test_chapter_downloads_as_a_notebook(name: str) -> None:
     notebook = nbformat.read(target, as_version=4)
     nbformat.validate(notebook)
     code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
-    written = [source for _, source in code_cells((ROOT / f"{name}.md").read_text(encoding="utf8"))]
+    written = [
+        source
+        for _, source in code_cells((ROOT / f"{name}.md").read_text(encoding="utf8"))
+    ]
     assert len(code) == len(written) + 1  # and the cell that says what to install
     assert 'pip install -e ".[book]"' in code[0]
     text = target.read_text(encoding="utf8")

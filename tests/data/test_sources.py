@@ -37,7 +37,9 @@ from crate_core.data.sources import (
 )
 
 
-def picture(seed: int, size: tuple[int, int] = (12, 10), mode: str = "RGB") -> Image.Image:
+def picture(
+    seed: int, size: tuple[int, int] = (12, 10), mode: str = "RGB"
+) -> Image.Image:
     """A smooth picture that differs from seed to seed."""
     width, height = size
     generator = np.random.default_rng(seed)
@@ -70,13 +72,19 @@ def test_digits_are_split_by_class_without_overlap() -> None:
 
 
 @given(
-    labels=st.lists(st.integers(0, 4), min_size=2, max_size=60).filter(lambda x: max(map(x.count, x)) > 1),
+    labels=st.lists(st.integers(0, 4), min_size=2, max_size=60).filter(
+        lambda x: max(map(x.count, x)) > 1
+    ),
     share=st.floats(0.05, 0.6),
 )
-def test_split_is_a_partition_that_keeps_a_picture_of_each_class(labels: list[int], share: float) -> None:
+def test_split_is_a_partition_that_keeps_a_picture_of_each_class(
+    labels: list[int], share: float
+) -> None:
     array = np.array(labels)
     train, held_out = held_out_split(array, len(labels), share)
-    np.testing.assert_array_equal(np.sort(np.concatenate([train, held_out])), np.arange(len(labels)))
+    np.testing.assert_array_equal(
+        np.sort(np.concatenate([train, held_out])), np.arange(len(labels))
+    )
     for label in np.unique(array):
         count = (array == label).sum()
         expected = 0 if count == 1 else max(1, round(share * count))
@@ -145,7 +153,9 @@ def test_folder_parts_with_other_classes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("spec", ["", "folder:", "digit", "zip:x", "torchvision:"])
 def test_unknown_form_of_data(spec: str) -> None:
-    with pytest.raises(ValueError, match=r"accepted are digits, folder:PATH, torchvision:NAME, hf:NAME"):
+    with pytest.raises(
+        ValueError, match=r"accepted are digits, folder:PATH, torchvision:NAME, hf:NAME"
+    ):
         open_data(spec)
 
 
@@ -160,7 +170,9 @@ def test_torchvision_reads_its_own_parts(tmp_path: Path) -> None:
         pixels[name] = generator.integers(0, 256, (count, 28, 28), dtype=np.uint8)
         images = struct.pack(">IIII", 0x0803, count, 28, 28) + pixels[name].tobytes()
         (raw / f"{name}-images-idx3-ubyte").write_bytes(images)
-        (raw / f"{name}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 0x0801, count) + bytes(range(count)))
+        (raw / f"{name}-labels-idx1-ubyte").write_bytes(
+            struct.pack(">II", 0x0801, count) + bytes(range(count))
+        )
     data = open_data("torchvision:MNIST", tmp_path)
     assert (len(data.train), len(data.held_out)) == (7, 4)
     np.testing.assert_array_equal(data.train.labels, np.arange(7))
@@ -168,21 +180,29 @@ def test_torchvision_reads_its_own_parts(tmp_path: Path) -> None:
     torch.testing.assert_close(read, torch.from_numpy(pixels["t10k"][2])[None] / 255)
 
 
-def write_parquet(path: Path, count: int, classes: list[str] | None = None, damaged: int = -1) -> None:
-    """Rows in the Hugging Face image schema: struct of bytes and path, and an integer label if there are classes."""
+def write_parquet(
+    path: Path, count: int, classes: list[str] | None = None, damaged: int = -1
+) -> None:
+    """Rows in the Hugging Face image schema: struct of bytes and path, and an integer
+    label if there are classes.
+    """
     import datasets
 
     rows = []
     for i in range(count):
         buffer = io.BytesIO()
         picture(i).save(buffer, format="PNG")
-        rows.append({"bytes": b"no image" if i == damaged else buffer.getvalue(), "path": None})
+        rows.append(
+            {"bytes": b"no image" if i == damaged else buffer.getvalue(), "path": None}
+        )
     columns: dict[str, list] = {"image": rows}
     features = {"image": datasets.Image()}
     if classes:
         columns["label"] = [i % len(classes) for i in range(count)]
         features["label"] = datasets.ClassLabel(names=classes)
-    datasets.Dataset.from_dict(columns, features=datasets.Features(features)).to_parquet(path)
+    datasets.Dataset.from_dict(
+        columns, features=datasets.Features(features)
+    ).to_parquet(path)
 
 
 @pytest.fixture
@@ -201,7 +221,9 @@ def test_parquet_with_labels_and_a_damaged_row(tmp_path: Path) -> None:
     assert (len(data.train), len(data.held_out)) == (18, 2)
     rows = {int(data.train.indices[i]): i for i in range(18)}
     expected = np.asarray(picture(7 if 7 in rows else 8))
-    np.testing.assert_array_equal(np.asarray(data.train.read(rows[7 if 7 in rows else 8])), expected)
+    np.testing.assert_array_equal(
+        np.asarray(data.train.read(rows[7 if 7 in rows else 8])), expected
+    )
     part = data.train if 3 in rows else data.held_out
     with pytest.raises(UnreadableImageError, match=r"pets.parquet row 3"):
         part.read(int(np.flatnonzero(part.indices == 3)[0]))
@@ -225,7 +247,9 @@ def test_parquet_that_cannot_be_used(tmp_path: Path) -> None:
         open_data(f"hf:{tmp_path / 'gone.parquet'}")
     with pytest.raises(ValueError, match=r"holds no \.parquet"):
         open_data(f"hf:{tmp_path}")
-    datasets.Dataset.from_dict({"text": ["a", "b"]}).to_parquet(tmp_path / "text.parquet")
+    datasets.Dataset.from_dict({"text": ["a", "b"]}).to_parquet(
+        tmp_path / "text.parquet"
+    )
     with pytest.raises(ValueError, match=r"no image column.*\['text'\]"):
         open_data(f"hf:{tmp_path / 'text.parquet'}")
     (tmp_path / "broken.parquet").write_bytes(b"not parquet")
@@ -260,8 +284,14 @@ def test_other_channel_counts_are_refused() -> None:
         to_tensor(torch.zeros(4, 8, 8), 2)
 
 
-@given(width=st.integers(4, 40), height=st.integers(4, 40), to=st.tuples(st.integers(4, 24), st.integers(4, 24)))
-def test_fit_gives_the_size_and_cuts_the_centre(width: int, height: int, to: tuple[int, int]) -> None:
+@given(
+    width=st.integers(4, 40),
+    height=st.integers(4, 40),
+    to=st.tuples(st.integers(4, 24), st.integers(4, 24)),
+)
+def test_fit_gives_the_size_and_cuts_the_centre(
+    width: int, height: int, to: tuple[int, int]
+) -> None:
     source = picture(0, (width, height))
     fitted = fit(source, to)
     assert fitted.size == to[::-1]
@@ -270,7 +300,8 @@ def test_fit_gives_the_size_and_cuts_the_centre(width: int, height: int, to: tup
 
 
 def test_fit_does_not_stretch() -> None:
-    # A wide picture, black left and right of a white middle: a square cut of the middle is white.
+    # A wide picture, black left and right of a white middle: a square cut of the middle
+    # is white.
     wide = np.zeros((10, 40), dtype=np.uint8)
     wide[:, 12:28] = 255
     assert to_tensor(fit(Image.fromarray(wide), (10, 10)), 1).min() > 0.99
@@ -284,19 +315,31 @@ def test_every_epoch_is_a_permutation(count: int, batch: int, seed: int) -> None
     steps = -(-3 * count // batch)
     positions = [item for b in StepBatches(count, batch, seed, 0, steps) for item in b]
     for epoch in range(3):
-        assert sorted(index for e, index in positions if e == epoch)[:count] == list(range(count))
+        assert sorted(index for e, index in positions if e == epoch)[:count] == list(
+            range(count)
+        )
 
 
 @given(start=st.integers(0, 12), processes=st.sampled_from([1, 2, 3, 6]))
-def test_batches_depend_on_the_step_alone_and_processes_share_them(start: int, processes: int) -> None:
+def test_batches_depend_on_the_step_alone_and_processes_share_them(
+    start: int, processes: int
+) -> None:
     whole = list(StepBatches(17, 6, 5, 0, 12))
-    shares = [list(StepBatches(17, 6, 5, start, 12, process, processes)) for process in range(processes)]
-    joined = [[item for share in step for item in share] for step in zip(*shares, strict=True)]
+    shares = [
+        list(StepBatches(17, 6, 5, start, 12, process, processes))
+        for process in range(processes)
+    ]
+    joined = [
+        [item for share in step for item in share] for step in zip(*shares, strict=True)
+    ]
     assert joined == whole[start:]
 
 
 def test_batch_size_must_be_shared_evenly() -> None:
-    with pytest.raises(ValueError, match="batch_size=6 must be a multiple of the number of processes, 4"):
+    with pytest.raises(
+        ValueError,
+        match="batch_size=6 must be a multiple of the number of processes, 4",
+    ):
         StepBatches(17, 6, 0, 0, 1, 0, 4)
 
 
@@ -308,7 +351,9 @@ def test_seeds_and_epochs_shuffle_differently() -> None:
     assert len({tuple(order) for order in orders}) == 3
 
 
-def batches_of(source: FileImages | ArrayImages, workers: int = 0, seed: int = 0, steps: int = 4) -> list:
+def batches_of(
+    source: FileImages | ArrayImages, workers: int = 0, seed: int = 0, steps: int = 4
+) -> list:
     dataset = TrainingPictures(source, (8, 8), 3, "crop_flip", seed)
     return list(loader(dataset, StepBatches(len(source), 4, seed, 0, steps), workers))
 
@@ -340,9 +385,13 @@ def test_augmentation_changes_with_its_key_and_only_with_it() -> None:
 
 
 def test_random_crops_are_flipped_half_the_time() -> None:
-    # A ramp from left to right survives any crop; its direction tells whether it was flipped.
+    # A ramp from left to right survives any crop; its direction tells whether it was
+    # flipped.
     ramp = Image.fromarray(np.tile(np.linspace(0, 255, 32).astype(np.uint8), (32, 1)))
-    falling = [bool((a := augmented(ramp, (8, 8), 1, key))[0, 4, 0] > a[0, 4, -1]) for key in range(400)]
+    falling = [
+        bool((a := augmented(ramp, (8, 8), 1, key))[0, 4, 0] > a[0, 4, -1])
+        for key in range(400)
+    ]
     assert 160 < sum(falling) < 240  # four standard deviations
 
 
@@ -352,7 +401,8 @@ def test_mask_noise_is_uniform_and_a_function_of_seed_and_step() -> None:
     assert not torch.equal(noise, mask_noise(3, 8, 200, 50))
     assert not torch.equal(noise, mask_noise(4, 7, 200, 50))
     counts = torch.histc(noise, 10, 0, 1)
-    assert float(((counts - 1000) ** 2 / 1000).sum()) < 27.9  # chi-square, 9 degrees of freedom, p = 0.001
+    # chi-square, 9 degrees of freedom, p = 0.001
+    assert float(((counts - 1000) ** 2 / 1000).sum()) < 27.9
 
 
 # -- unreadable pictures
@@ -365,7 +415,11 @@ def test_damaged_pictures_are_named_replaced_and_counted(tmp_path: Path) -> None
     paths[7].unlink()  # gone since the folder was listed
     source, said = FileImages(paths), []
     count = UnreadableCount(10, 0.2, {})
-    first = [batch for batch in batches_of(source, steps=10) if count.add(batch, said.append) is None]
+    first = [
+        batch
+        for batch in batches_of(source, steps=10)
+        if count.add(batch, said.append) is None
+    ]
     assert all(batch.images.shape == (4, 3, 8, 8) for batch in first)
     assert set(count.met) == {4, 7}
     assert len(said) == 2
@@ -381,7 +435,9 @@ def test_too_many_damaged_pictures_stop_the_run(tmp_path: Path) -> None:
         path.write_bytes(b"")
     count = UnreadableCount(10, 0.2, {})
     batches = iter(batches_of(FileImages(paths), steps=10))
-    with pytest.raises(ValueError, match=r"3 of 10 training pictures \(30.0%\).*stops above 20.0%"):
+    with pytest.raises(
+        ValueError, match=r"3 of 10 training pictures \(30.0%\).*stops above 20.0%"
+    ):
         deque((count.add(batch, str) for batch in batches), maxlen=0)
     assert len(count.met) == 3
 

@@ -1,4 +1,6 @@
-"""Hugging Face data read as it comes: what batches hold, resuming, damage, and what cannot be streamed."""
+"""Hugging Face data read as it comes: what batches hold, resuming, damage, and what
+cannot be streamed.
+"""
 
 import io
 from pathlib import Path
@@ -24,8 +26,12 @@ def write(path: Path, count: int, first: int = 0, damaged: int = -1) -> None:
     for i in range(first, first + count):
         buffer = io.BytesIO()
         Image.new("RGB", (9, 8), (i, 255 - i, 100)).save(buffer, format="PNG")
-        rows.append({"bytes": b"no image" if i == damaged else buffer.getvalue(), "path": None})
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+        rows.append(
+            {"bytes": b"no image" if i == damaged else buffer.getvalue(), "path": None}
+        )
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.Value("int64")}
+    )
     columns = {"image": rows, "label": list(range(first, first + count))}
     datasets.Dataset.from_dict(columns, features=features).to_parquet(path)
 
@@ -47,17 +53,26 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streaming.StreamedImages, "buffer", 16)
     monkeypatch.setattr(streaming, "KEPT_ROWS", 10)
     # The library waits five seconds for its reading threads at the end of each pass.
-    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
+    monkeypatch.setattr(
+        datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False
+    )
 
 
 def batches(
-    location: Path, steps: int, start: int = 0, workers: int = 0, share: tuple[int, int] = (0, 1), seed: int = 3
+    location: Path,
+    steps: int,
+    start: int = 0,
+    workers: int = 0,
+    share: tuple[int, int] = (0, 1),
+    seed: int = 3,
 ) -> list[Batch]:
     source = stream_data(str(location)).train
     assert isinstance(source, streaming.StreamedImages)
     source.buffer = 16
     dataset = StreamedPictures(source, (8, 8), 3, "crop_flip", seed)
-    return list(loader(dataset, StreamedBatches(source, 8, seed, start, steps, *share), workers))
+    return list(
+        loader(dataset, StreamedBatches(source, 8, seed, start, steps, *share), workers)
+    )
 
 
 def colours(found: list[Batch]) -> list[int]:
@@ -74,7 +89,11 @@ def test_an_epoch_has_every_row_once_and_another_order_each_time(folder: Path) -
 
 def test_batches_depend_on_seed_and_step_alone(folder: Path) -> None:
     whole = batches(folder, 12)
-    for other in (batches(folder, 12, workers=2), batches(folder, 12, start=9), batches(folder, 12, start=5)):
+    for other in (
+        batches(folder, 12, workers=2),
+        batches(folder, 12, start=9),
+        batches(folder, 12, start=5),
+    ):
         for one, again in zip(whole[-len(other) :], other, strict=True):
             assert torch.equal(one.images, again.images)
     halves = [batches(folder, 12, share=(process, 2)) for process in range(2)]
@@ -82,7 +101,9 @@ def test_batches_depend_on_seed_and_step_alone(folder: Path) -> None:
         assert torch.equal(one.images, torch.cat([part.images for part in parts]))
 
 
-def test_a_streamed_run_that_is_cut_goes_on_exactly(folder: Path, tmp_path: Path) -> None:
+def test_a_streamed_run_that_is_cut_goes_on_exactly(
+    folder: Path, tmp_path: Path
+) -> None:
     fields = {
         "data": f"hf:{folder}", "streaming": True, "model": COLOUR, "augmentation": "crop_flip",
         "epochs": 12 * 16 / 60, "warmup_epochs": 0.5,
@@ -99,7 +120,9 @@ def test_a_streamed_run_that_is_cut_goes_on_exactly(folder: Path, tmp_path: Path
         train(tiny(tmp_path / "cut", **{**fields, "streaming": False}))
 
 
-def test_a_damaged_row_is_named_once_and_replaced_by_another_of_its_batch(tmp_path: Path) -> None:
+def test_a_damaged_row_is_named_once_and_replaced_by_another_of_its_batch(
+    tmp_path: Path,
+) -> None:
     write(tmp_path / "x-train.parquet", 32, damaged=20)
     write(tmp_path / "x-test.parquet", 5)
     said: list[str] = []
@@ -117,7 +140,9 @@ def test_without_a_held_out_part_the_first_rows_are_held_out(tmp_path: Path) -> 
     assert (len(data.train), len(data.held_out)) == (36, 4)
     held_out = [np.asarray(data.held_out.read(i))[0, 0, 0] for i in range(4)]
     assert held_out == [0, 1, 2, 3]
-    assert sorted(colours(batches(tmp_path / "x.parquet", 9))[:36]) == list(range(4, 40))
+    assert sorted(colours(batches(tmp_path / "x.parquet", 9))[:36]) == list(
+        range(4, 40)
+    )
 
 
 def test_what_cannot_be_streamed(tmp_path: Path) -> None:
@@ -126,7 +151,9 @@ def test_what_cannot_be_streamed(tmp_path: Path) -> None:
     (tmp_path / "broken.parquet").write_bytes(b"not parquet")
     with pytest.raises(ValueError, match="not readable parquet"):
         stream_data(str(tmp_path / "broken.parquet"))
-    datasets.Dataset.from_dict({"text": ["a"] * 20}).to_parquet(tmp_path / "text.parquet")
+    datasets.Dataset.from_dict({"text": ["a"] * 20}).to_parquet(
+        tmp_path / "text.parquet"
+    )
     with pytest.raises(ValueError, match=r"no image column.*\['text'\]"):
         stream_data(str(tmp_path / "text.parquet"))
     write(tmp_path / "few.parquet", 5)

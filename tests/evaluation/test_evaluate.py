@@ -1,4 +1,6 @@
-"""Linear probes with their controls, reconstruction by masking ratio, pictures, and the record of an evaluation."""
+"""Linear probes with their controls, reconstruction by masking ratio, pictures, and the
+record of an evaluation.
+"""
 
 import copy
 import json
@@ -18,7 +20,13 @@ from crate_core.cli import main
 from crate_core.data.batches import Stream, mask_noise
 from crate_core.data.named import open_data
 from crate_core.data.sources import ArrayImages, FileImages, ImageData
-from crate_core.evaluation.evaluate import EVALUATION_FILE, evaluate, run_data, save_evaluation, table
+from crate_core.evaluation.evaluate import (
+    EVALUATION_FILE,
+    evaluate,
+    run_data,
+    save_evaluation,
+    table,
+)
 from crate_core.evaluation.finetune import FinetuneConfig, finetune
 from crate_core.evaluation.probe import (
     INVERSE_REGULARIZATION,
@@ -79,12 +87,16 @@ def test_features_are_the_encoders_whatever_the_batch_size(model: CrateMAE) -> N
     with torch.no_grad():
         tokens = model.forward_features(model.standardize(source.images)).numpy()
     np.testing.assert_allclose(features.class_token, tokens[:, 0], rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(features.patch_mean, tokens[:, 1:].mean(axis=1), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(
+        features.patch_mean, tokens[:, 1:].mean(axis=1), rtol=1e-4, atol=1e-6
+    )
     np.testing.assert_array_equal(features.pixels, source.images.flatten(1).numpy())
     np.testing.assert_array_equal(features.labels, source.labels)
 
 
-def test_unreadable_pictures_leave_the_features_with_their_labels(model: CrateMAE, tmp_path: Path) -> None:
+def test_unreadable_pictures_leave_the_features_with_their_labels(
+    model: CrateMAE, tmp_path: Path
+) -> None:
     paths = [tmp_path / f"{i}.png" for i in range(5)]
     for i, path in enumerate(paths):
         Image.new("L", (8, 8), 50 * i).save(path)
@@ -92,14 +104,18 @@ def test_unreadable_pictures_leave_the_features_with_their_labels(model: CrateMA
     features = encode(model, FileImages(paths, np.arange(5)))
     assert features.unreadable == 1
     assert features.labels.tolist() == [0, 1, 3, 4]
-    np.testing.assert_allclose(features.pixels[:, 0], [0, 50 / 255, 150 / 255, 200 / 255])
+    np.testing.assert_allclose(
+        features.pixels[:, 0], [0, 50 / 255, 150 / 255, 200 / 255]
+    )
     with pytest.raises(ValueError, match="none of 1 pictures can be read"):
         encode(model, FileImages([paths[2]], np.zeros(1, dtype=np.int64)))
 
 
 def test_pixels_of_large_pictures_are_averaged() -> None:
     images = torch.rand(2, 3, 64, 96)
-    expected = images.reshape(2, 3, PIXEL_SIDE, 2, PIXEL_SIDE, 3).mean(dim=(3, 5)).flatten(1)
+    expected = (
+        images.reshape(2, 3, PIXEL_SIDE, 2, PIXEL_SIDE, 3).mean(dim=(3, 5)).flatten(1)
+    )
     torch.testing.assert_close(small_pixels(images), expected)
 
 
@@ -108,7 +124,11 @@ def test_few_labels_are_a_draw_of_each_class() -> None:
     chosen = few_labels(labels, 5, seed=0)
     assert len(set(chosen)) == 15
     assert np.unique(labels[chosen], return_counts=True)[1].tolist() == [5, 5, 5]
-    assert chosen.tolist() == few_labels(labels, 5, seed=0).tolist() != few_labels(labels, 5, seed=1).tolist()
+    assert (
+        chosen.tolist()
+        == few_labels(labels, 5, seed=0).tolist()
+        != few_labels(labels, 5, seed=1).tolist()
+    )
     with pytest.raises(ValueError, match="class 9 has 6 training pictures, 7 labels"):
         few_labels(labels, 7, seed=0)
 
@@ -119,9 +139,12 @@ def test_a_probe_separates_what_is_separable_and_nothing_else() -> None:
     centres = 4 * np.eye(3)[labels]
     separable = centres + generator.normal(size=(600, 3))
     noise = generator.normal(size=(600, 3))
-    good = probe_accuracy(separable[:300], labels[:300], separable[300:], labels[300:], seed=0)
+    good = probe_accuracy(
+        separable[:300], labels[:300], separable[300:], labels[300:], seed=0
+    )
     none = probe_accuracy(noise[:300], labels[:300], noise[300:], labels[300:], seed=0)
-    # Bayes accuracy of three unit Gaussians at distance 4 sqrt(2) is above 0.99; chance is 1/3 +- 0.027.
+    # Bayes accuracy of three unit Gaussians at distance 4 sqrt(2) is above 0.99; chance
+    # is 1/3 +- 0.027.
     assert good > 0.97
     assert abs(none - 1 / 3) < 0.1
 
@@ -133,7 +156,8 @@ def test_regularisation_is_chosen_by_validation() -> None:
     noisy = generator.normal(size=(80, 400))
     noisy[:, 0] += 2 * labels
     assert fit_probe(noisy, labels, seed=0)[1] < max(INVERSE_REGULARIZATION)
-    # A boundary that needs large weights: two columns whose small difference is the class.
+    # A boundary that needs large weights: two columns whose small difference is the
+    # class.
     base = generator.normal(size=(600, 1))
     classes = np.arange(600) % 2
     fine = np.hstack([base, base + 0.005 * (2 * classes[:, None] - 1)])
@@ -157,7 +181,9 @@ def test_probes_stand_beside_their_controls(model: CrateMAE) -> None:
     assert scores["trained, class token"]["4 labels a class"].accuracies[1] == own
 
 
-def test_the_untrained_control_has_fresh_weights_and_leaves_the_random_state(model: CrateMAE) -> None:
+def test_the_untrained_control_has_fresh_weights_and_leaves_the_random_state(
+    model: CrateMAE,
+) -> None:
     before = torch.get_rng_state()
     one, same, other = untrained(TINY, 0), untrained(TINY, 0), untrained(TINY, 1)
     assert torch.equal(torch.get_rng_state(), before)
@@ -175,8 +201,12 @@ def test_the_untrained_control_has_fresh_weights_and_leaves_the_random_state(mod
         ([0, 1] * 30, 1, "labels_per_class=1"),
     ],
 )
-def test_labels_that_cannot_be_probed(model: CrateMAE, labels: list[int] | None, per_class: int, message: str) -> None:
-    train = ArrayImages(STRIPES.train.images, None if labels is None else np.array(labels))
+def test_labels_that_cannot_be_probed(
+    model: CrateMAE, labels: list[int] | None, per_class: int, message: str
+) -> None:
+    train = ArrayImages(
+        STRIPES.train.images, None if labels is None else np.array(labels)
+    )
     with pytest.raises(ValueError, match=message):
         linear_probes(model, ImageData(train, STRIPES.held_out, (), ""), [0], per_class)
 
@@ -195,21 +225,29 @@ def test_score_spread_is_the_sample_standard_deviation() -> None:
 @pytest.mark.parametrize("normalize", [False, True])
 def test_reconstruction_scores_are_their_definitions(normalize: bool) -> None:
     torch.manual_seed(1)
-    model = CrateMAE(CrateMAEConfig.preset("digits", dim=16, depth=1, heads=2, normalize_targets=normalize))
+    model = CrateMAE(
+        CrateMAEConfig.preset(
+            "digits", dim=16, depth=1, heads=2, normalize_targets=normalize
+        )
+    )
     images = stripes(30, 3).images
     mean = images.mean(dim=0)
     (score,) = reconstruction_by_ratio(model, images, mean, [0.5], seed=2, batch_size=7)
     noise = mask_noise(2, 0, 30, 16, Stream.EVALUATION_MASK)
     with torch.no_grad():
         out = model(model.standardize(images), 0.5, noise)
-        predicted = model.unstandardize(model.reconstruct(model.standardize(images), 0.5, noise).predicted)
+        predicted = model.unstandardize(
+            model.reconstruct(model.standardize(images), 0.5, noise).predicted
+        )
     mask = removed_pixels(out.mask, model.config).bool()
     error = (predicted.clamp(0, 1) - images)[mask].double().square().mean()
     assert score.psnr == pytest.approx(-10 * math.log10(error), abs=1e-4)
     trivial = (mean.expand_as(images) - images)[mask].double().square().mean()
     assert score.mean_picture_psnr == pytest.approx(-10 * math.log10(trivial), abs=1e-4)
     assert score.loss == pytest.approx(float(out.loss), rel=1e-5)
-    assert held_out_loss(model, images, 0.5, seed=2, batch_size=11) == pytest.approx(score.loss, rel=1e-5)
+    assert held_out_loss(model, images, 0.5, seed=2, batch_size=11) == pytest.approx(
+        score.loss, rel=1e-5
+    )
 
 
 def test_removed_pixels_are_those_of_removed_patches() -> None:
@@ -221,21 +259,35 @@ def test_removed_pixels_are_those_of_removed_patches() -> None:
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.97, 1.0])
-def test_a_ratio_that_removes_nothing_or_all_is_refused(model: CrateMAE, ratio: float) -> None:
+def test_a_ratio_that_removes_nothing_or_all_is_refused(
+    model: CrateMAE, ratio: float
+) -> None:
     images = stripes(4, 0).images
-    with pytest.raises(ValueError, match="must leave some of 16 patches visible and remove some"):
+    with pytest.raises(
+        ValueError, match="must leave some of 16 patches visible and remove some"
+    ):
         reconstruction_by_ratio(model, images, images.mean(dim=0), [ratio])
 
 
 @pytest.mark.parametrize("normalize", [False, True])
-def test_pictures_show_input_prediction_and_original(normalize: bool, tmp_path: Path) -> None:
+def test_pictures_show_input_prediction_and_original(
+    normalize: bool, tmp_path: Path
+) -> None:
     torch.manual_seed(1)
-    model = CrateMAE(CrateMAEConfig.preset("digits", dim=16, depth=1, heads=2, normalize_targets=normalize))
+    model = CrateMAE(
+        CrateMAEConfig.preset(
+            "digits", dim=16, depth=1, heads=2, normalize_targets=normalize
+        )
+    )
     images = stripes(3, 0).images
     noise = mask_noise(0, 0, 3, 16)
-    masked, predicted, pasted, original = reconstruction_rows(model, images, 0.75, noise).unbind(dim=1)
+    masked, predicted, pasted, original = reconstruction_rows(
+        model, images, 0.75, noise
+    ).unbind(dim=1)
     with torch.no_grad():
-        removed = removed_pixels(model(model.standardize(images), 0.75, noise).mask, model.config).bool()
+        removed = removed_pixels(
+            model(model.standardize(images), 0.75, noise).mask, model.config
+        ).bool()
     assert removed.float().mean() == 0.75
     assert torch.equal(original, images)
     assert torch.equal(masked[~removed], images[~removed])
@@ -243,7 +295,8 @@ def test_pictures_show_input_prediction_and_original(normalize: bool, tmp_path: 
     torch.testing.assert_close(pasted[~removed], images[~removed])
     torch.testing.assert_close(pasted[removed], predicted[removed])
     if normalize:
-        # De-normalised predictions have their patch's own mean, as far as nothing was cut off at 0 or 1.
+        # De-normalised predictions have their patch's own mean, as far as nothing was
+        # cut off at 0 or 1.
         close = (predicted.mean(dim=(1, 2, 3)) - images.mean(dim=(1, 2, 3))).abs()
         assert close.max() < 0.1
     save_reconstructions(tmp_path / "p.png", model, images, 0.75, noise)
@@ -254,10 +307,16 @@ def test_pictures_show_input_prediction_and_original(normalize: bool, tmp_path: 
 
 
 def test_some_pictures_are_spread_and_readable(tmp_path: Path) -> None:
-    source = ArrayImages(torch.linspace(0, 1, 11).reshape(-1, 1, 1, 1).expand(-1, 1, 8, 8))
-    torch.testing.assert_close(some_pictures(source, TINY, 3)[:, 0, 0, 0], torch.tensor([0.0, 0.5, 1.0]))
+    source = ArrayImages(
+        torch.linspace(0, 1, 11).reshape(-1, 1, 1, 1).expand(-1, 1, 8, 8)
+    )
+    torch.testing.assert_close(
+        some_pictures(source, TINY, 3)[:, 0, 0, 0], torch.tensor([0.0, 0.5, 1.0])
+    )
     (tmp_path / "a.png").write_bytes(b"x")
-    with pytest.raises(ValueError, match=r"none of 1 pictures can be read, the first: .*a\.png"):
+    with pytest.raises(
+        ValueError, match=r"none of 1 pictures can be read, the first: .*a\.png"
+    ):
         some_pictures(FileImages([tmp_path / "a.png"]), TINY)
 
 
@@ -321,11 +380,17 @@ def test_many_labels_choose_on_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def checkpoint(model: CrateMAE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def checkpoint(
+    model: CrateMAE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
     """A saved model whose run's data are the stripes."""
     model.save_pretrained(tmp_path)
-    (tmp_path / "run.json").write_text(json.dumps({"config": {"data": "stripes", "data_root": "data"}}))
-    monkeypatch.setattr(crate_core.evaluation.evaluate, "open_data", lambda spec, root: STRIPES)
+    (tmp_path / "run.json").write_text(
+        json.dumps({"config": {"data": "stripes", "data_root": "data"}})
+    )
+    monkeypatch.setattr(
+        crate_core.evaluation.evaluate, "open_data", lambda spec, root: STRIPES
+    )
     return tmp_path
 
 
@@ -333,11 +398,19 @@ def test_evaluation_of_a_checkpoint(model: CrateMAE, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"no run.json.*give --data"):
         evaluate(tmp_path)
-    (tmp_path / "run.json").write_text(json.dumps({"config": {"data": "digits", "data_root": "data"}}))
+    (tmp_path / "run.json").write_text(
+        json.dumps({"config": {"data": "digits", "data_root": "data"}})
+    )
     assert run_data(tmp_path) == ("digits", "data")
     with pytest.raises(ValueError, match="seeds=0"):
         evaluate(tmp_path, seeds=0)
-    record = evaluate(tmp_path, seeds=1, labels_per_class=3, mask_ratios=[0.5, 0.75], command="crate evaluate")
+    record = evaluate(
+        tmp_path,
+        seeds=1,
+        labels_per_class=3,
+        mask_ratios=[0.5, 0.75],
+        command="crate evaluate",
+    )
     save_evaluation(record, tmp_path / EVALUATION_FILE)
     assert json.loads((tmp_path / EVALUATION_FILE).read_text()) == record
     assert record["held_out"] == len(open_data("digits").held_out)
@@ -347,50 +420,95 @@ def test_evaluation_of_a_checkpoint(model: CrateMAE, tmp_path: Path) -> None:
     for part in ("linear_probe", "neighbours"):
         for row, columns in record[part].items():
             for score in columns.values():
-                assert f"{100 * score['mean']:.1f}" in next(line for line in lines if line.strip().startswith(row))
+                assert f"{100 * score['mean']:.1f}" in next(
+                    line for line in lines if line.strip().startswith(row)
+                )
     head = next(line for line in lines if "all labels" in line)
     assert "3 labels a class" in head
     assert "20 neighbours" in head
     assert lines[-1].startswith("seconds: features, probes and neighbours")
     # Digits: pixels are far above chance, and above an untrained encoder.
     pixels, fresh = (
-        record["linear_probe"][row]["all labels"]["mean"] for row in ("raw pixels", "untrained, class token")
+        record["linear_probe"][row]["all labels"]["mean"]
+        for row in ("raw pixels", "untrained, class token")
     )
     assert pixels > 0.9 > fresh > 0.2
     assert record["neighbours"]["raw pixels"]["20 neighbours"]["mean"] > 0.9
 
 
 def test_each_part_can_be_left_out(checkpoint: Path) -> None:
-    record = evaluate(checkpoint, seeds=1, labels_per_class=4, mask_ratios=[], probe=False)
+    record = evaluate(
+        checkpoint, seeds=1, labels_per_class=4, mask_ratios=[], probe=False
+    )
     assert record["linear_probe"] is None
     assert list(record["neighbours"]["raw pixels"]) == ["20 neighbours"]
     assert record["reconstruction"] == []
     assert "reconstruction of removed patches by masking ratio" not in table(record)
-    record = evaluate(checkpoint, seeds=1, labels_per_class=4, mask_ratios=[], neighbours=False)
-    assert record["neighbours"] is None
-    assert list(record["linear_probe"]["raw pixels"]) == ["all labels", "4 labels a class"]
-    record = evaluate(checkpoint, seeds=1, labels_per_class=4, mask_ratios=[0.5], probe=False, neighbours=False)
-    assert (record["linear_probe"], record["neighbours"], record["fine_tuning"]) == (None, None, None)
-    assert "linear probes and nearest neighbours: left out, or no labels" in table(record)
-
-
-def test_fine_tuning_stands_beside_the_same_network_from_scratch(checkpoint: Path, model: CrateMAE) -> None:
-    config = FinetuneConfig(epochs=3.0, batch_size=20, lr=0.1, augmentation="none", layer_decay=0.5)
     record = evaluate(
-        checkpoint, seeds=2, labels_per_class=4, mask_ratios=[], probe=False, neighbours=False, fine_tuning=config
+        checkpoint, seeds=1, labels_per_class=4, mask_ratios=[], neighbours=False
+    )
+    assert record["neighbours"] is None
+    assert list(record["linear_probe"]["raw pixels"]) == [
+        "all labels",
+        "4 labels a class",
+    ]
+    record = evaluate(
+        checkpoint,
+        seeds=1,
+        labels_per_class=4,
+        mask_ratios=[0.5],
+        probe=False,
+        neighbours=False,
+    )
+    assert (record["linear_probe"], record["neighbours"], record["fine_tuning"]) == (
+        None,
+        None,
+        None,
+    )
+    assert "linear probes and nearest neighbours: left out, or no labels" in table(
+        record
+    )
+
+
+def test_fine_tuning_stands_beside_the_same_network_from_scratch(
+    checkpoint: Path, model: CrateMAE
+) -> None:
+    config = FinetuneConfig(
+        epochs=3.0, batch_size=20, lr=0.1, augmentation="none", layer_decay=0.5
+    )
+    record = evaluate(
+        checkpoint,
+        seeds=2,
+        labels_per_class=4,
+        mask_ratios=[],
+        probe=False,
+        neighbours=False,
+        fine_tuning=config,
     )
     scores = record["fine_tuning"]["scores"]
-    assert {row: len(score["accuracies"]) for row, score in scores.items()} == {"pretrained": 2, "from scratch": 2}
+    assert {row: len(score["accuracies"]) for row, score in scores.items()} == {
+        "pretrained": 2,
+        "from scratch": 2,
+    }
     assert record["fine_tuning"]["config"]["layer_decay"] == 0.5
     save_evaluation(record, checkpoint / EVALUATION_FILE)
-    assert f"{100 * scores['from scratch']['mean']:.1f}" in next(line for line in table(record) if "scratch" in line)
+    assert f"{100 * scores['from scratch']['mean']:.1f}" in next(
+        line for line in table(record) if "scratch" in line
+    )
     # The second seed's runs, by hand; from scratch every layer learns at the full rate.
     own = finetune(copy.deepcopy(model), STRIPES, replace(config, seed=1)).accuracy
-    fresh = finetune(untrained(TINY, 1), STRIPES, replace(config, seed=1, layer_decay=1.0)).accuracy
-    assert [scores[row]["accuracies"][1] for row in ("pretrained", "from scratch")] == [own, fresh]
+    fresh = finetune(
+        untrained(TINY, 1), STRIPES, replace(config, seed=1, layer_decay=1.0)
+    ).accuracy
+    assert [scores[row]["accuracies"][1] for row in ("pretrained", "from scratch")] == [
+        own,
+        fresh,
+    ]
 
 
-def test_the_command_line_passes_every_option_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_command_line_passes_every_option_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     given: dict[str, Any] = {}
 
     def recorded(*arguments: Any, **options: Any) -> dict[str, Any]:
@@ -400,12 +518,34 @@ def test_the_command_line_passes_every_option_on(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(crate_core.evaluation.evaluate, "evaluate", recorded)
     output = tmp_path / "record.json"
-    command = ["evaluate", "--checkpoint", "somewhere", "--output", str(output), "--device", "cpu", "--no-probe"]
-    assert main([*command, "--seeds", "2", "--mask-ratios", "0.5", "--no-neighbours"]) == 0
+    command = [
+        "evaluate",
+        "--checkpoint",
+        "somewhere",
+        "--output",
+        str(output),
+        "--device",
+        "cpu",
+        "--no-probe",
+    ]
+    assert (
+        main([*command, "--seeds", "2", "--mask-ratios", "0.5", "--no-neighbours"]) == 0
+    )
     assert given["arguments"] == ("somewhere", None, 2, 5, (0.5,))
-    assert (given["probe"], given["neighbours"], given["fine_tuning"]) == (False, False, None)
+    assert (given["probe"], given["neighbours"], given["fine_tuning"]) == (
+        False,
+        False,
+        None,
+    )
     assert json.loads(output.read_text())["seeds"] == []
-    tuning = ["--finetune-epochs", "4", "--finetune-lr", "0.01", "--finetune-batch-size", "32"]
+    tuning = [
+        "--finetune-epochs",
+        "4",
+        "--finetune-lr",
+        "0.01",
+        "--finetune-batch-size",
+        "32",
+    ]
     assert main([*command, *tuning, "--finetune-precision", "bf16"]) == 0
     assert given["neighbours"] is True
     assert given["fine_tuning"] == FinetuneConfig(
@@ -426,10 +566,14 @@ def test_a_vit_is_evaluated_alike(checkpoint: Path) -> None:
         encode(vit, STRIPES.train).patch_mean, STRIPES.train.labels,
         encode(vit, STRIPES.held_out).patch_mean, STRIPES.held_out.labels, 0,
     )  # fmt: skip
-    assert record["linear_probe"]["trained, mean of patches"]["all labels"]["accuracies"] == [own]
+    assert record["linear_probe"]["trained, mean of patches"]["all labels"][
+        "accuracies"
+    ] == [own]
 
 
-def test_evaluation_without_labels_is_reconstruction_alone(model: CrateMAE, tmp_path: Path) -> None:
+def test_evaluation_without_labels_is_reconstruction_alone(
+    model: CrateMAE, tmp_path: Path
+) -> None:
     for i in range(12):
         Image.new("L", (8, 8), 20 * i).save(tmp_path / f"{i:02d}.png")
     model.save_pretrained(tmp_path / "model")
@@ -437,18 +581,29 @@ def test_evaluation_without_labels_is_reconstruction_alone(model: CrateMAE, tmp_
         assert path.suffix != ".png"
     record = evaluate(tmp_path / "model", data=f"folder:{tmp_path}", mask_ratios=[0.75])
     assert record["linear_probe"] is None
-    assert "linear probes and nearest neighbours: left out, or no labels" in table(record)
+    assert "linear probes and nearest neighbours: left out, or no labels" in table(
+        record
+    )
     assert len(record["reconstruction"]) == 1
     with pytest.raises(ValueError, match="fine-tuning needs labels"):
-        evaluate(tmp_path / "model", data=f"folder:{tmp_path}", fine_tuning=FinetuneConfig())
+        evaluate(
+            tmp_path / "model", data=f"folder:{tmp_path}", fine_tuning=FinetuneConfig()
+        )
 
 
-def test_labels_that_do_not_fit_are_refused(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_labels_that_do_not_fit_are_refused(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     held_out = ArrayImages(STRIPES.held_out.images, np.arange(40) % 3)
     monkeypatch.setattr(
-        crate_core.evaluation.evaluate, "open_data", lambda spec, root: replace(STRIPES, held_out=held_out)
+        crate_core.evaluation.evaluate,
+        "open_data",
+        lambda spec, root: replace(STRIPES, held_out=held_out),
     )
-    with pytest.raises(ValueError, match="1 classes that no training picture has, such as 2: 3 classes held out, 2 to"):
+    with pytest.raises(
+        ValueError,
+        match="1 classes that no training picture has, such as 2: 3 classes held out, 2 to",
+    ):
         evaluate(checkpoint)
 
 
@@ -458,16 +613,25 @@ def test_labels_that_do_not_fit_are_refused(checkpoint: Path, monkeypatch: pytes
 def test_the_recorded_digits_runs_beat_their_untrained_controls() -> None:
     path = ROOT / "results" / "digits-pretrain.json"
     if not path.exists():
-        pytest.skip("results/digits-pretrain.json is not there: python benchmarks/digits.py writes it")
+        pytest.skip(
+            "results/digits-pretrain.json is not there: python benchmarks/digits.py writes it"
+        )
     results = json.loads(path.read_text())
     assert {"command", "commit", "device", "seeds", "versions"} <= results.keys()
     probes = results["linear_probe"]
     for column in probes["raw pixels"]:
         trained, fresh, pixels = (
             np.array(probes[row][column]["values"])
-            for row in ("trained, mean of patches", "untrained, mean of patches", "raw pixels")
+            for row in (
+                "trained, mean of patches",
+                "untrained, mean of patches",
+                "raw pixels",
+            )
         )
         assert len(trained) >= 3
         assert (trained > fresh + 0.05).all()
         assert pixels.mean() > trained.mean()
-    assert max(results["held_out_loss"]["values"]) < 0.8 * results["trivial_loss"]["mean_picture"]
+    assert (
+        max(results["held_out_loss"]["values"])
+        < 0.8 * results["trivial_loss"]["mean_picture"]
+    )

@@ -1,4 +1,6 @@
-"""Fine-tuning: what is trained and how fast, determinism, what it learns, and what it refuses."""
+"""Fine-tuning: what is trained and how fast, determinism, what it learns, and what it
+refuses.
+"""
 
 import math
 from dataclasses import replace
@@ -31,10 +33,25 @@ from crate_core.training.recipe import warmup_cosine
 
 CRATE = CrateMAEConfig.preset("digits", dim=16, depth=2, heads=2)
 VIT = ViTMAEConfig(
-    image_size=8, patch_size=2, channels=1, dim=16, depth=2, heads=2, decoder_dim=8, decoder_depth=1, decoder_heads=2
+    image_size=8,
+    patch_size=2,
+    channels=1,
+    dim=16,
+    depth=2,
+    heads=2,
+    decoder_dim=8,
+    decoder_depth=1,
+    decoder_heads=2,
 )
 BOTH = pytest.mark.parametrize("architecture", [CRATE, VIT], ids=["crate", "vit"])
-QUICK = FinetuneConfig(epochs=6.0, batch_size=20, lr=0.1, layer_decay=1.0, augmentation="none", label_smoothing=0.0)
+QUICK = FinetuneConfig(
+    epochs=6.0,
+    batch_size=20,
+    lr=0.1,
+    layer_decay=1.0,
+    augmentation="none",
+    label_smoothing=0.0,
+)
 
 
 def stripes(count: int, seed: int) -> ArrayImages:
@@ -51,10 +68,16 @@ STRIPES = ImageData(stripes(60, 0), stripes(40, 1), ("top", "bottom"), "stripes"
 
 
 @BOTH
-def test_fine_tuning_learns_and_is_saved(architecture: FrameConfig, tmp_path: Any) -> None:
+def test_fine_tuning_learns_and_is_saved(
+    architecture: FrameConfig, tmp_path: Any
+) -> None:
     lines: list[str] = []
     model = untrained(architecture, 0)
-    decoder = {k: v.clone() for k, v in model.state_dict().items() if "decoder" in k or "prediction" in k}
+    decoder = {
+        k: v.clone()
+        for k, v in model.state_dict().items()
+        if "decoder" in k or "prediction" in k
+    }
     result = finetune(model, STRIPES, QUICK, lines.append)
     assert result.accuracy == 1.0 == accuracy(result.classifier, STRIPES.held_out)
     assert [record["epoch"] for record in result.curve] == [1, 2, 3, 4, 5, 6]
@@ -66,20 +89,32 @@ def test_fine_tuning_learns_and_is_saved(architecture: FrameConfig, tmp_path: An
     opened = load_model(tmp_path)
     images = opened.standardize(STRIPES.held_out.images)
     with torch.no_grad():
-        logits = result.classifier.head(opened.forward_features(images)[:, 1:].mean(dim=1))
+        logits = result.classifier.head(
+            opened.forward_features(images)[:, 1:].mean(dim=1)
+        )
     torch.testing.assert_close(logits, result.classifier.eval()(images))
-    assert all(torch.equal(opened.state_dict()[name], value) for name, value in decoder.items())
+    assert all(
+        torch.equal(opened.state_dict()[name], value) for name, value in decoder.items()
+    )
 
 
 @BOTH
 @pytest.mark.parametrize("pooling", ["patch_mean", "class_token"])
-def test_every_parameter_that_is_trained_gets_a_gradient_and_no_other(architecture: FrameConfig, pooling: Any) -> None:
+def test_every_parameter_that_is_trained_gets_a_gradient_and_no_other(
+    architecture: FrameConfig, pooling: Any
+) -> None:
     model = Classifier(untrained(architecture, 0), 3, pooling)
     torch.nn.init.normal_(model.head.weight)  # at zero it would stop the gradient
     logits = model(torch.randn(6, 1, 8, 8))
     F.cross_entropy(logits, torch.tensor([0, 1, 2, 0, 1, 2])).backward()
-    with_gradient = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
-    trained = {id(p) for group in layer_groups(model, 0.05, 0.75) for p in group["params"]}
+    with_gradient = {
+        name
+        for name, p in model.named_parameters()
+        if p.grad is not None and p.grad.abs().sum() > 0
+    }
+    trained = {
+        id(p) for group in layer_groups(model, 0.05, 0.75) for p in group["params"]
+    }
     named = {name for name, p in model.named_parameters() if id(p) in trained}
     assert with_gradient == named
     assert {name.split(".")[1] for name in named - {"head.weight", "head.bias"}} == {
@@ -99,28 +134,48 @@ def test_the_classifier_starts_at_chance_and_reads_what_it_says() -> None:
 def test_learning_rates_fall_by_layer_and_vectors_do_not_decay() -> None:
     model = Classifier(untrained(CRATE, 0), 2)
     names = {id(p): name for name, p in model.named_parameters()}
-    by_name = {names[id(p)]: group for group in layer_groups(model, 0.05, 0.5) for p in group["params"]}
+    by_name = {
+        names[id(p)]: group
+        for group in layer_groups(model, 0.05, 0.5)
+        for p in group["params"]
+    }
     # Depth 2: the embedding is three layers below the classifier.
     assert by_name["autoencoder.patch_embedding.weight"]["scale"] == 0.5**3
     assert by_name["autoencoder.class_token"]["scale"] == 0.5**3
     assert by_name["autoencoder.encoder.0.sparsify.weight"]["scale"] == 0.5**2
     assert by_name["autoencoder.encoder.1.sparsify.weight"]["scale"] == 0.5
-    assert by_name["autoencoder.encoder_norm.weight"]["scale"] == by_name["head.weight"]["scale"] == 1.0
+    assert (
+        by_name["autoencoder.encoder_norm.weight"]["scale"]
+        == by_name["head.weight"]["scale"]
+        == 1.0
+    )
     for name, parameter in model.named_parameters():
         if name in by_name:
-            assert by_name[name]["weight_decay"] == (0.05 if parameter.ndim > 1 else 0.0)
+            assert by_name[name]["weight_decay"] == (
+                0.05 if parameter.ndim > 1 else 0.0
+            )
 
 
 def test_one_step_is_adamws_at_the_scheduled_rate() -> None:
     # Two steps on all pictures, the first at rate zero: both have the same gradient.
-    config = replace(QUICK, batch_size=60, epochs=2.0, warmup_epochs=1.5, layer_decay=0.5, weight_decay=0.3)
+    config = replace(
+        QUICK,
+        batch_size=60,
+        epochs=2.0,
+        warmup_epochs=1.5,
+        layer_decay=0.5,
+        weight_decay=0.3,
+    )
     model = untrained(CRATE, 0)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     head = finetune(model, STRIPES, config).classifier.head.weight.detach()
     rate = warmup_cosine(1.0, config.lr * config.batch_size / 256, 1.5, 2.0)
     # With equal gradients AdamW moves every number by the rate.
-    torch.testing.assert_close(head.abs(), torch.full_like(head, rate), rtol=1e-3, atol=0)
-    # The classifier was zero, so the embedding has no gradient: its weight only decays, its bias does not.
+    torch.testing.assert_close(
+        head.abs(), torch.full_like(head, rate), rtol=1e-3, atol=0
+    )
+    # The classifier was zero, so the embedding has no gradient: its weight only decays,
+    # its bias does not.
     embedding = model.patch_embedding
     decayed = before["patch_embedding.weight"] * (1 - 0.5**3 * rate * 0.3)
     torch.testing.assert_close(embedding.weight.detach(), decayed)
@@ -131,7 +186,14 @@ def test_one_step_is_adamws_at_the_scheduled_rate() -> None:
 def test_a_run_is_a_function_of_its_seed() -> None:
     def weights(seed: int, workers: int = 0) -> torch.Tensor:
         model = untrained(CRATE, 0)
-        config = replace(QUICK, epochs=1.5, warmup_epochs=0.5, augmentation="shift_flip", seed=seed, workers=workers)
+        config = replace(
+            QUICK,
+            epochs=1.5,
+            warmup_epochs=0.5,
+            augmentation="shift_flip",
+            seed=seed,
+            workers=workers,
+        )
         torch.rand(seed + 3)  # the global generator has no say
         return finetune(model, STRIPES, config).classifier.head.weight.detach()
 
@@ -157,11 +219,14 @@ def test_shifted_pictures_are_shifts_and_flips(key: int) -> None:
     assert moved.shape == image.shape
     assert torch.equal(moved, shifted(image, key))
     for candidate in (moved, moved.flip(-1)):
-        # Two rows and three columns at most: the middle of the result is a window of the original.
+        # Two rows and three columns at most: the middle of the result is a window of
+        # the original.
         middle = candidate[:, 2:-2, 3:-3]
         for down in range(-2, 3):
             for right in range(-3, 4):
-                if torch.equal(middle, image[:, 2 + down : 14 + down, 3 + right : 21 + right]):
+                if torch.equal(
+                    middle, image[:, 2 + down : 14 + down, 3 + right : 21 + right]
+                ):
                     return
     pytest.fail("not a shift")
 
@@ -188,17 +253,24 @@ def test_augmentation_is_what_it_says(augmentation: Any) -> None:
 
 
 def test_labels_follow_their_pictures() -> None:
-    # One class's pictures are unreadable in name only: order and labels come from the same indices.
+    # One class's pictures are unreadable in name only: order and labels come from the
+    # same indices.
     batches = list(StepBatches(60, 20, 0, 0, 3))
-    seen = LabelledPictures(STRIPES.train, untrained(CRATE, 0), QUICK).__getitems__(batches[0])
+    seen = LabelledPictures(STRIPES.train, untrained(CRATE, 0), QUICK).__getitems__(
+        batches[0]
+    )
     labels = STRIPES.train.labels[seen.indices]
-    assert ((seen.images[:, 0, :4].mean(dim=(1, 2)) > 0.4).numpy() == (labels == 0)).all()
+    assert (
+        (seen.images[:, 0, :4].mean(dim=(1, 2)) > 0.4).numpy() == (labels == 0)
+    ).all()
 
 
 def test_a_loss_that_is_not_finite_stops() -> None:
     pictures = STRIPES.train.images.clone()
     pictures[:] = math.nan
-    broken = ImageData(ArrayImages(pictures, STRIPES.train.labels), STRIPES.held_out, (), "")
+    broken = ImageData(
+        ArrayImages(pictures, STRIPES.train.labels), STRIPES.held_out, (), ""
+    )
     with pytest.raises(TrainingDivergedError, match=r"nan at step 1 \(learning rate"):
         finetune(untrained(CRATE, 0), broken, QUICK)
 
@@ -230,14 +302,21 @@ def test_values_out_of_range_are_named(fields: dict[str, Any], message: str) -> 
         ({"precision": "fp16"}, "fp32 or bf16"),
     ],
 )
-def test_choices_that_do_not_exist_are_named(fields: dict[str, Any], message: str) -> None:
+def test_choices_that_do_not_exist_are_named(
+    fields: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         FinetuneConfig(**fields)
 
 
-def with_labels(train: list[int] | None, held_out: list[int] | None, classes: tuple[str, ...] = ()) -> ImageData:
+def with_labels(
+    train: list[int] | None, held_out: list[int] | None, classes: tuple[str, ...] = ()
+) -> ImageData:
     def part(labels: list[int] | None) -> ArrayImages:
-        return ArrayImages(torch.zeros(len(labels or [0]), 1, 8, 8), None if labels is None else np.array(labels))
+        return ArrayImages(
+            torch.zeros(len(labels or [0]), 1, 8, 8),
+            None if labels is None else np.array(labels),
+        )
 
     return ImageData(part(train), part(held_out), classes, "")
 
@@ -253,9 +332,15 @@ def test_classes_are_counted() -> None:
         (with_labels(None, [0]), "these training pictures have none"),
         (with_labels([0, 1], None), "these held-out pictures have none"),
         (with_labels([0, 1], [-1, -1]), "label -1 of a held-out picture"),
-        (with_labels([0, 1], [0, 2, 3]), "2 classes that no training picture has, such as 2: 3 classes held out, 2 to"),
+        (
+            with_labels([0, 1], [0, 2, 3]),
+            "2 classes that no training picture has, such as 2: 3 classes held out, 2 to",
+        ),
         (with_labels([0, 0], [0]), "at least two classes"),
-        (with_labels([0, 5], [0], ("a", "b")), "label 5 is out of range: the data names 2 classes"),
+        (
+            with_labels([0, 5], [0], ("a", "b")),
+            "label 5 is out of range: the data names 2 classes",
+        ),
     ],
 )
 def test_labels_that_cannot_be_learned(data: ImageData, message: str) -> None:

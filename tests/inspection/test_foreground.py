@@ -1,4 +1,6 @@
-"""Scores of maps against masks, the choice of a map, and the composites whose masks are exact."""
+"""Scores of maps against masks, the choice of a map, and the composites whose masks are
+exact.
+"""
 
 import itertools
 import math
@@ -41,16 +43,20 @@ def maps_and_masks(seed: int, levels: int = 5) -> tuple[Tensor, Tensor]:
 
 
 @given(SEEDS, st.floats(0.05, 1.0))
-def test_kept_places_are_the_smallest_set_that_holds_the_mass(seed: int, share: float) -> None:
+def test_kept_places_are_the_smallest_set_that_holds_the_mass(
+    seed: int, share: float
+) -> None:
     maps, _ = maps_and_masks(seed)
     kept = keep_mass(maps, share)
     for values, chosen in zip(maps.flatten(0, 1), kept.flatten(0, 1), strict=True):
         if values.sum() == 0:
             continue
         assert values[chosen].sum() >= share * values.sum() * (1 - 1e-9)
-        assert chosen.all() or values[chosen].min() > values[~chosen].max()  # a threshold
+        # a threshold
+        assert chosen.all() or values[chosen].min() > values[~chosen].max()
         lowest = values == values[chosen].min()
-        assert values[chosen & ~lowest].sum() < share * values.sum()  # a higher one would not do
+        # a higher one would not do
+        assert values[chosen & ~lowest].sum() < share * values.sum()
 
 
 def test_a_map_that_is_the_same_everywhere_keeps_everything() -> None:
@@ -70,15 +76,25 @@ def test_scores_are_those_of_scikit_learn(seed: int) -> None:
     for b, k in itertools.product(range(2), range(3)):
         true, values = mask[b].flatten().numpy(), maps[b, k].flatten().numpy()
         assert math.isclose(scores.auc[b, k], roc_auc_score(true, values), abs_tol=1e-9)
-        assert math.isclose(scores.iou[b, k], jaccard_score(true, kept[b, k].flatten().numpy()), abs_tol=1e-9)
-        assert math.isclose(scores.pointing[b, k], true[values == values.max()].mean(), abs_tol=1e-9)
+        assert math.isclose(
+            scores.iou[b, k],
+            jaccard_score(true, kept[b, k].flatten().numpy()),
+            abs_tol=1e-9,
+        )
+        assert math.isclose(
+            scores.pointing[b, k], true[values == values.max()].mean(), abs_tol=1e-9
+        )
 
 
 @given(SEEDS)
 def test_area_under_the_curve_sees_order_only(seed: int) -> None:
     maps, mask = maps_and_masks(seed)
-    torch.testing.assert_close(area_under_curve(maps.exp() * 3 + 1, mask), area_under_curve(maps, mask))
-    torch.testing.assert_close(area_under_curve(-maps, mask), 1 - area_under_curve(maps, mask))
+    torch.testing.assert_close(
+        area_under_curve(maps.exp() * 3 + 1, mask), area_under_curve(maps, mask)
+    )
+    torch.testing.assert_close(
+        area_under_curve(-maps, mask), 1 - area_under_curve(maps, mask)
+    )
 
 
 def test_scores_of_the_mask_itself_are_perfect() -> None:
@@ -101,13 +117,17 @@ def test_maps_and_masks_must_share_a_grid() -> None:
 # ---- choosing ----
 
 
-def test_choosing_among_useless_maps_looks_useful_on_the_pictures_it_was_done_on() -> None:
+def test_choosing_among_useless_maps_looks_useful_on_the_pictures_it_was_done_on() -> (
+    None
+):
     scores = torch.rand(40, 16, generator=torch.Generator().manual_seed(0)).double()
     best = select_map(scores)
     spread = 1 / math.sqrt(12 * 40)
     assert abs(float(best.held_out.mean()) - 0.5) < 3 * spread
-    assert best.same_pictures > 0.5 + spread  # the expected maximum of 16 normals is 1.77 deviations up
-    assert abs(best.each_picture - 16 / 17) < 0.03  # the expected maximum of 16 uniforms
+    # the expected maximum of 16 normals is 1.77 deviations up
+    assert best.same_pictures > 0.5 + spread
+    # the expected maximum of 16 uniforms
+    assert abs(best.each_picture - 16 / 17) < 0.03
     assert best.mean < float(best.held_out.mean()) + 3 * spread
     assert best.chosen == int(scores.mean(0).argmax())
 
@@ -123,7 +143,8 @@ def test_a_map_that_is_best_on_every_picture_is_chosen_everywhere(seed: int) -> 
 
 
 def test_each_half_is_scored_with_the_other_halfs_choice() -> None:
-    # Map 0 is right on pictures of one half only; whoever chose on the scored half would get 1.
+    # Map 0 is right on pictures of one half only; whoever chose on the scored half
+    # would get 1.
     order = torch.randperm(6, generator=torch.Generator().manual_seed(3))
     scores = torch.zeros(6, 2).double()
     scores[order[:3], 0] = 1
@@ -135,15 +156,25 @@ def test_each_half_is_scored_with_the_other_halfs_choice() -> None:
 
 @given(SEEDS)
 def test_a_control_is_scored_with_the_choice_made_without_it(seed: int) -> None:
-    scores, control = torch.rand(2, 8, 3, generator=torch.Generator().manual_seed(seed)).double()
+    scores, control = torch.rand(
+        2, 8, 3, generator=torch.Generator().manual_seed(seed)
+    ).double()
     plain, under = select_map(scores, seed), select_map(scores, seed, control)
     assert under.chosen == plain.chosen == int(scores.mean(0).argmax())
     # Marking every score with its map shows which map was read.
-    which = select_map(scores, seed, torch.arange(3).double().expand(8, 3)).held_out.long()
+    which = select_map(
+        scores, seed, torch.arange(3).double().expand(8, 3)
+    ).held_out.long()
     torch.testing.assert_close(plain.held_out, scores[torch.arange(8), which])
     torch.testing.assert_close(under.held_out, control[torch.arange(8), which])
-    assert math.isclose(under.same_pictures, control[:, plain.chosen].mean(), abs_tol=1e-12)
-    assert math.isclose(under.each_picture, control[torch.arange(8), scores.argmax(1)].mean(), abs_tol=1e-12)
+    assert math.isclose(
+        under.same_pictures, control[:, plain.chosen].mean(), abs_tol=1e-12
+    )
+    assert math.isclose(
+        under.each_picture,
+        control[torch.arange(8), scores.argmax(1)].mean(),
+        abs_tol=1e-12,
+    )
 
 
 # ---- maps without a model ----
@@ -199,7 +230,10 @@ def test_composites_differ_from_their_background_on_the_object_only(place: str) 
     if place == "centre":
         places = torch.arange(32) + 0.5
         for disc in made.mask[made.is_disc].float():
-            middle = (disc.sum(0) @ places) / disc.sum(), (disc.sum(1) @ places) / disc.sum()
+            middle = (
+                (disc.sum(0) @ places) / disc.sum(),
+                (disc.sum(1) @ places) / disc.sum(),
+            )
             assert max(abs(float(m) - 16) for m in middle) <= 0.5
 
 
@@ -208,7 +242,10 @@ def test_composites_are_a_function_of_the_seed_and_cover_the_picture() -> None:
     torch.testing.assert_close(one.images, same.images, rtol=0, atol=0)
     assert not torch.equal(one.images, other.images)
     where = composites(100, 0).mask.float().mean(0)
-    assert float(where.unflatten(0, (4, 8)).unflatten(2, (4, 8)).mean((1, 3)).min()) > 0.01  # anywhere is anywhere
+    # anywhere is anywhere
+    assert (
+        float(where.unflatten(0, (4, 8)).unflatten(2, (4, 8)).mean((1, 3)).min()) > 0.01
+    )
     assert composites(2, 0, size=64).images.shape == (2, 3, 64, 64)
 
 

@@ -1,4 +1,6 @@
-"""Layers measured: against formulas written out, on layers built to obey the theory, and against a hand-made model."""
+"""Layers measured: against formulas written out, on layers built to obey the theory,
+and against a hand-made model.
+"""
 
 import json
 from dataclasses import fields, replace
@@ -10,7 +12,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from crate_core.evaluation.probe import untrained
-from crate_core.inspection.layer_measures import attention_parts, direction_rate, residual_direction, unit_tokens
+from crate_core.inspection.layer_measures import (
+    attention_parts,
+    direction_rate,
+    residual_direction,
+    unit_tokens,
+)
 from crate_core.inspection.layers import (
     LayerInspection,
     Rates,
@@ -42,13 +49,18 @@ def arrays_of(inspection: LayerInspection | WeightInspection) -> dict[str, np.nd
     for field in fields(inspection):
         value = getattr(inspection, field.name)
         if isinstance(value, Rates):
-            found |= {f"{field.name}.{kind.name}": getattr(value, kind.name) for kind in fields(Rates)}
+            found |= {
+                f"{field.name}.{kind.name}": getattr(value, kind.name)
+                for kind in fields(Rates)
+            }
         elif isinstance(value, np.ndarray):
             found[field.name] = value
     return found
 
 
-@pytest.mark.parametrize("config", [TINY, VIT, ABLATED], ids=["crate", "vit", "ablated"])
+@pytest.mark.parametrize(
+    "config", [TINY, VIT, ABLATED], ids=["crate", "vit", "ablated"]
+)
 def test_every_array_has_its_shape_and_is_finite(config: FrameConfig) -> None:
     model = untrained(config, 0)
     for mask_ratio in (0.0, 0.75):
@@ -73,7 +85,10 @@ def test_every_array_has_its_shape_and_is_finite(config: FrameConfig) -> None:
                 expected = (5, depth + (name in between))
             assert array.shape == expected, name
             assert np.isfinite(array).all(), name
-    assert all(array.shape == (config.depth,) for array in arrays_of(inspect_weights(model)).values())
+    assert all(
+        array.shape == (config.depth,)
+        for array in arrays_of(inspect_weights(model)).values()
+    )
 
 
 def test_batches_do_not_matter_and_nothing_is_left_changed() -> None:
@@ -83,7 +98,9 @@ def test_batches_do_not_matter_and_nothing_is_left_changed() -> None:
     assert model.training
     assert all(parameter.grad is None for parameter in model.parameters())
     for name, array in whole.items():
-        np.testing.assert_allclose(parts[name], array, rtol=2e-3, atol=2e-4, err_msg=name)
+        np.testing.assert_allclose(
+            parts[name], array, rtol=2e-3, atol=2e-4, err_msg=name
+        )
 
 
 def test_measures_are_the_formulas_on_the_models_own_tokens() -> None:
@@ -96,22 +113,36 @@ def test_measures_are_the_formulas_on_the_models_own_tokens() -> None:
         block = model.encoder[layer]
         u, bases = block.compress(x[None])[0], block.attention.bases
         scale = x.square().sum(-1).mean().sqrt()
-        np.testing.assert_allclose(found.tokens.total[picture, layer], coding_rate(x / scale, eps), rtol=1e-4)
         np.testing.assert_allclose(
-            found.compressed.learned[picture, layer], subspace_coding_rate(u / scale, bases, eps), rtol=1e-4
+            found.tokens.total[picture, layer], coding_rate(x / scale, eps), rtol=1e-4
+        )
+        np.testing.assert_allclose(
+            found.compressed.learned[picture, layer],
+            subspace_coding_rate(u / scale, bases, eps),
+            rtol=1e-4,
         )
         z = unit_tokens(block.norm_attention(x))
         orthonormal = torch.stack([torch.linalg.qr(basis).Q for basis in bases])
         np.testing.assert_allclose(
-            found.attended.orthonormal[picture, layer], subspace_coding_rate(z, orthonormal, eps), rtol=1e-4
+            found.attended.orthonormal[picture, layer],
+            subspace_coding_rate(z, orthonormal, eps),
+            rtol=1e-4,
         )
         output = out.hidden_states[layer + 1][picture]
-        np.testing.assert_allclose(found.hoyer[picture, layer + 1], hoyer(output).mean(), rtol=1e-4)
-        np.testing.assert_allclose(found.gini[picture, layer + 1], gini(output).mean(), rtol=1e-4)
-        np.testing.assert_allclose(found.nonzeros[picture, layer + 1], (output > 0).float().mean(), rtol=1e-4)
+        np.testing.assert_allclose(
+            found.hoyer[picture, layer + 1], hoyer(output).mean(), rtol=1e-4
+        )
+        np.testing.assert_allclose(
+            found.gini[picture, layer + 1], gini(output).mean(), rtol=1e-4
+        )
+        np.testing.assert_allclose(
+            found.nonzeros[picture, layer + 1], (output > 0).float().mean(), rtol=1e-4
+        )
         back = model.decoder[0](output[None])[0]
         cosine = F.cosine_similarity(back.flatten(), x.flatten(), dim=0)
-        np.testing.assert_allclose(found.inverse_cosine[picture, layer, 0], cosine, rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(
+            found.inverse_cosine[picture, layer, 0], cosine, rtol=1e-3, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("model", [CrateMAE(TINY), ViTMAE(VIT)], ids=["crate", "vit"])
@@ -122,13 +153,18 @@ def test_attention_parts_make_up_the_half_step(model: nn.Module) -> None:
         half = x + parts.attend(parts.norm(x))
         if isinstance(model, CrateMAE):
             torch.testing.assert_close(half, layer.compress(x))
-            torch.testing.assert_close(layer(x), layer.sparsify(layer.norm_sparsify(half)))
+            torch.testing.assert_close(
+                layer(x), layer.sparsify(layer.norm_sparsify(half))
+            )
         else:
             torch.testing.assert_close(layer(x), half + layer.mlp(layer.norm2(half)))
-            # With attention that only looks at itself, what is read is what is written: values, then the output.
+            # With attention that only looks at itself, what is read is what is written:
+            # values, then the output.
             layer.attn.qkv.weight[:16] = 0
             z = torch.randn(2, 1, 16)  # a single token attends to itself alone
-            one = sum(z @ u @ w.T for u, w in zip(parts.bases, parts.written, strict=True))
+            one = sum(
+                z @ u @ w.T for u, w in zip(parts.bases, parts.written, strict=True)
+            )
             torch.testing.assert_close(layer.attn(z), one, atol=1e-5, rtol=1e-4)
 
 
@@ -141,8 +177,10 @@ def test_attention_parts_refuse_another_module() -> None:
 
 
 def theory_model() -> CrateMAE:
-    """A model whose weights are what the derivation asks for: orthogonal subspaces, W_o = -kappa [U_1 ... U_K]
-    (a step that shrinks), an orthogonal dictionary, and a decoder that holds its transpose."""
+    """A model whose weights are what the derivation asks for: orthogonal subspaces, W_o
+    = -kappa [U_1 ... U_K] (a step that shrinks), an orthogonal dictionary, and a
+    decoder that holds its transpose.
+    """
     model = CrateMAE(TINY)
     with torch.no_grad():
         for layer, partner in zip(model.encoder, reversed(model.decoder), strict=True):
@@ -156,9 +194,19 @@ def theory_model() -> CrateMAE:
 
 def test_weights_that_obey_the_theory_are_seen_to() -> None:
     found = inspect_weights(theory_model())
-    for name in ("coherence_max", "coherence_mean", "basis_defect", "dictionary_defect"):
+    for name in (
+        "coherence_max",
+        "coherence_mean",
+        "basis_defect",
+        "dictionary_defect",
+    ):
         np.testing.assert_allclose(getattr(found, name), 0.0, atol=1e-3, err_msg=name)
-    for name in ("basis_condition", "dictionary_norm", "dictionary_condition", "partner_cosine"):
+    for name in (
+        "basis_condition",
+        "dictionary_norm",
+        "dictionary_condition",
+        "partner_cosine",
+    ):
         np.testing.assert_allclose(getattr(found, name), 1.0, atol=1e-3, err_msg=name)
     np.testing.assert_allclose(found.written_cosine, -1.0, atol=1e-5)
     assert found.eta == TINY.eta
@@ -167,7 +215,9 @@ def test_weights_that_obey_the_theory_are_seen_to() -> None:
     assert (np.abs(random.written_cosine) < 0.5).all()
 
 
-def test_a_shrinking_step_is_along_the_negative_gradient_and_its_controls_tell_why() -> None:
+def test_a_shrinking_step_is_along_the_negative_gradient_and_its_controls_tell_why() -> (
+    None
+):
     found = inspect_layers(theory_model(), PICTURES)
     assert (found.step_formula < -0.999).all()  # W_o is minus the formula's
     assert (found.step_gradient > found.step_swapped).all()
@@ -180,17 +230,26 @@ def test_rate_in_random_subspaces_is_that_of_tokens_without_structure() -> None:
     model = untrained(CrateMAEConfig.preset("digits", dim=64, depth=1, heads=4), 0)
     found = inspect_layers(model, PICTURES)
     # Random weights know nothing of the tokens: their subspaces are as good as any.
-    np.testing.assert_allclose(found.random_rate.mean(), found.attended.orthonormal.mean(), rtol=0.1)
-    with torch.no_grad():  # heads that read the directions which all tokens share: one head holds nearly all
-        x = model(model.standardize(PICTURES), 0.0, output_hidden_states=True).hidden_states[0]
+    np.testing.assert_allclose(
+        found.random_rate.mean(), found.attended.orthonormal.mean(), rtol=0.1
+    )
+    # heads that read the directions which all tokens share: one head holds nearly all
+    with torch.no_grad():
+        x = model(
+            model.standardize(PICTURES), 0.0, output_hidden_states=True
+        ).hidden_states[0]
         z = model.encoder[0].norm_attention(x).flatten(0, 1)
-        model.encoder[0].attention.project.weight.copy_(torch.linalg.svd(z, full_matrices=True).Vh)
+        model.encoder[0].attention.project.weight.copy_(
+            torch.linalg.svd(z, full_matrices=True).Vh
+        )
     sorted_heads = inspect_layers(model, PICTURES)
     assert (sorted_heads.attended.orthonormal < sorted_heads.random_rate).all()
 
 
 def test_residual_direction_is_that_of_the_theorem_where_labels_are_known() -> None:
-    mix = LowRankGaussianMixture.random(48, 3, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    mix = LowRankGaussianMixture.random(
+        48, 3, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     s = mix.sample(40, sigma=0.01, generator=torch.Generator().manual_seed(1))
     known = noise_direction(s.tokens, mix.bases, s.labels, within_span=True)
     torch.testing.assert_close(residual_direction(s.tokens, mix.bases), known)
@@ -201,17 +260,27 @@ def test_direction_rate_is_blind_to_lengths_and_to_which_head_holds_a_token() ->
     z = torch.randn(9, 16)
     in_head = z @ bases @ bases.mT  # (2, 9, 16): each token's part in each head
     longer = (torch.rand(2, 9, 1) + 0.1) * in_head
-    torch.testing.assert_close(direction_rate(longer.sum(0), bases), direction_rate(z, bases), rtol=1e-4, atol=1e-3)
-    # Against the published formula, with eps squared 0.01: 1/2 logdet(I + p / (n 0.01) W^T W), summed over heads.
+    torch.testing.assert_close(
+        direction_rate(longer.sum(0), bases),
+        direction_rate(z, bases),
+        rtol=1e-4,
+        atol=1e-3,
+    )
+    # Against the published formula, with eps squared 0.01: 1/2 logdet(I + p / (n 0.01)
+    # W^T W), summed over heads.
     v = F.normalize(z @ bases, dim=-1).double()
-    plain = sum(0.5 * torch.logdet(torch.eye(9, dtype=torch.float64) + 8 / (9 * 0.01) * w @ w.T) for w in v)
+    plain = sum(
+        0.5 * torch.logdet(torch.eye(9, dtype=torch.float64) + 8 / (9 * 0.01) * w @ w.T)
+        for w in v
+    )
     np.testing.assert_allclose(direction_rate(z, bases), plain, rtol=1e-4)
 
 
 def test_rates_do_not_see_that_tokens_grow() -> None:
     model = untrained(TINY, 0)
     before = inspect_layers(model, PICTURES)
-    with torch.no_grad():  # everything that makes the embedding, tripled: LayerNorm sees nearly the same
+    # everything that makes the embedding, tripled: LayerNorm sees nearly the same
+    with torch.no_grad():
         for parameter in (
             model.patch_embedding.weight,
             model.patch_embedding.bias,
@@ -221,9 +290,12 @@ def test_rates_do_not_see_that_tokens_grow() -> None:
             parameter.mul_(3)
         model.positions.mul_(3)
     after = inspect_layers(model, PICTURES)
-    np.testing.assert_allclose(after.tokens.total[:, 0], before.tokens.total[:, 0], rtol=1e-4)
+    np.testing.assert_allclose(
+        after.tokens.total[:, 0], before.tokens.total[:, 0], rtol=1e-4
+    )
     np.testing.assert_allclose(after.norms[:, 0], 3 * before.norms[:, 0], rtol=1e-4)
-    assert (after.compressed.total[:, 0] != before.compressed.total[:, 0]).all()  # in the units of x: a smaller step
+    # in the units of x: a smaller step
+    assert (after.compressed.total[:, 0] != before.compressed.total[:, 0]).all()
 
 
 # -- inversion
@@ -242,7 +314,9 @@ def test_a_decoder_layer_that_inverts_is_found_among_the_others() -> None:
 
     model = untrained(TINY, 0)
     with torch.no_grad():
-        hidden = model(model.standardize(PICTURES), 0.0, output_hidden_states=True).hidden_states
+        hidden = model(
+            model.standardize(PICTURES), 0.0, output_hidden_states=True
+        ).hidden_states
     model.decoder = nn.ModuleList(Inverse(x) for x in reversed(hidden[:-1]))
     found = inspect_layers(model, PICTURES)
     partners, others = partner_scores(found.inverse_cosine)
@@ -268,7 +342,9 @@ def test_path_similarity_does_not_see_rotations() -> None:
 
     model = untrained(TINY, 0)
     with torch.no_grad():
-        hidden = model(model.standardize(PICTURES), 0.0, output_hidden_states=True).hidden_states
+        hidden = model(
+            model.standardize(PICTURES), 0.0, output_hidden_states=True
+        ).hidden_states
     model.decoder = nn.ModuleList(Turned(x) for x in reversed(hidden[:-1]))
     found = inspect_layers(model, PICTURES)
     np.testing.assert_allclose(partner_scores(found.path_similarity)[0], 1.0, atol=1e-4)
@@ -304,7 +380,9 @@ def test_the_baseline_has_no_inversion_and_no_dictionary() -> None:
 def test_summary_is_json_with_means_and_spreads_over_pictures() -> None:
     found = inspect_layers(untrained(TINY, 0), PICTURES)
     summary = json.loads(json.dumps(summarize(found)))
-    np.testing.assert_allclose(summary["tokens.learned"]["mean"], found.tokens.learned.mean(axis=0))
+    np.testing.assert_allclose(
+        summary["tokens.learned"]["mean"], found.tokens.learned.mean(axis=0)
+    )
     np.testing.assert_allclose(summary["gini"]["std"], found.gini.std(axis=0, ddof=1))
     assert summary["eps"] == 0.5
     assert len(summary["pooled_entropy"]) == TINY.depth + 1
@@ -313,10 +391,14 @@ def test_summary_is_json_with_means_and_spreads_over_pictures() -> None:
     weights = summarize(inspect_weights(untrained(VIT, 0)))
     assert "dictionary_norm" not in weights
     assert len(weights["coherence_max"]) == VIT.depth
-    assert found.tokens.reduction == pytest.approx(found.tokens.total - found.tokens.orthonormal)
+    assert found.tokens.reduction == pytest.approx(
+        found.tokens.total - found.tokens.orthonormal
+    )
 
 
-@pytest.mark.parametrize(("change", "said"), [({"eps": 0.0}, "eps"), ({"mask_ratio": 1.0}, "mask_ratio")])
+@pytest.mark.parametrize(
+    ("change", "said"), [({"eps": 0.0}, "eps"), ({"mask_ratio": 1.0}, "mask_ratio")]
+)
 def test_bad_settings_are_named(change: dict[str, float], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         inspect_layers(untrained(TINY, 0), PICTURES, **change)
@@ -333,4 +415,6 @@ def test_a_gpu_gives_the_same() -> None:
     here = arrays_of(inspect_layers(model, PICTURES))
     there = arrays_of(inspect_layers(model.to("cuda"), PICTURES))
     for name, array in here.items():
-        np.testing.assert_allclose(there[name], array, rtol=1e-2, atol=1e-3, err_msg=name)
+        np.testing.assert_allclose(
+            there[name], array, rtol=1e-2, atol=1e-3, err_msg=name
+        )

@@ -1,4 +1,6 @@
-"""``crate inspect``: the page has every section, is well formed, and asks for nothing outside itself."""
+"""``crate inspect``: the page has every section, is well formed, and asks for nothing
+outside itself.
+"""
 
 import base64
 import io
@@ -19,8 +21,12 @@ from crate_core.model.config import CrateMAEConfig, FrameConfig, ViTMAEConfig
 
 DIGITS = CrateMAEConfig.preset("digits", dim=16, depth=2, heads=2)
 COLOUR = CrateMAEConfig.preset("cifar10-tiny", dim=16, depth=2, heads=2)
-SHALLOW = CrateMAEConfig.preset("digits", dim=16, depth=2, heads=2, decoder_depth=1, normalize_targets=True)
-VIT = ViTMAEConfig.preset("cifar10-tiny", dim=16, depth=2, heads=2, decoder_dim=8, decoder_heads=2)
+SHALLOW = CrateMAEConfig.preset(
+    "digits", dim=16, depth=2, heads=2, decoder_depth=1, normalize_targets=True
+)
+VIT = ViTMAEConfig.preset(
+    "cifar10-tiny", dim=16, depth=2, heads=2, decoder_dim=8, decoder_heads=2
+)
 SECTIONS = [
     "Coding rates",
     "Sparsity",
@@ -37,7 +43,8 @@ VOID = {"meta", "img", "br", "hr", "link", "input"}
 
 
 class Page(HTMLParser):
-    """Headings, pictures, links and the text of a page; raises when tags do not nest."""
+    """Headings, pictures, links and the text of a page; raises when tags do not nest.
+    """
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -76,19 +83,38 @@ def working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ("config", "count", "sections"),
     [
         (DIGITS, 8, SECTIONS),
-        (SHALLOW, 1, [*SECTIONS[:6], *SECTIONS[7:9]]),  # one picture: nothing to fit on, nothing to blend
-        (VIT, 4, [title for title in SECTIONS if "decoder" not in title and "removed" not in title]),
+        # one picture: nothing to fit on, nothing to blend
+        (SHALLOW, 1, [*SECTIONS[:6], *SECTIONS[7:9]]),
+        (
+            VIT,
+            4,
+            [
+                title
+                for title in SECTIONS
+                if "decoder" not in title and "removed" not in title
+            ],
+        ),
     ],
     ids=["digits", "shallow decoder, one picture", "vit"],
 )
-def test_page_has_its_sections_and_stands_alone(config: FrameConfig, count: int, sections: list[str]) -> None:
-    text = inspection_report(untrained(config, 5), shipped_pictures(config, count), "my <model>", seeds=(0,))
+def test_page_has_its_sections_and_stands_alone(
+    config: FrameConfig, count: int, sections: list[str]
+) -> None:
+    text = inspection_report(
+        untrained(config, 5), shipped_pictures(config, count), "my <model>", seeds=(0,)
+    )
     page = Page(text)
     assert page.headings == sections
     assert len(page.images) == len(sections) + 1
     assert not page.tags & {"script", "link", "iframe", "object", "base"}
     assert "Inside my <model>" in page.words
-    assert re.findall(r"(?i)(?:https?:)?//|@import|url\(", re.sub(r"data:image/png;base64,[\w+/=]+", "", text)) == []
+    assert (
+        re.findall(
+            r"(?i)(?:https?:)?//|@import|url\(",
+            re.sub(r"data:image/png;base64,[\w+/=]+", "", text),
+        )
+        == []
+    )
     assert "prefers" in text or "color-scheme: light dark" in text
     assert len(text) < 3_000_000
     for image in page.images:
@@ -103,10 +129,16 @@ def test_page_has_its_sections_and_stands_alone(config: FrameConfig, count: int,
 
 def test_a_control_is_needed() -> None:
     with pytest.raises(ValueError, match="at least one seed"):
-        inspection_report(untrained(DIGITS, 5), shipped_pictures(DIGITS, 2), "none", seeds=())
+        inspection_report(
+            untrained(DIGITS, 5), shipped_pictures(DIGITS, 2), "none", seeds=()
+        )
 
 
-@pytest.mark.parametrize("config", [DIGITS, COLOUR, CrateMAEConfig.preset("tiny")], ids=["digits", "32", "224"])
+@pytest.mark.parametrize(
+    "config",
+    [DIGITS, COLOUR, CrateMAEConfig.preset("tiny")],
+    ids=["digits", "32", "224"],
+)
 def test_shipped_pictures_fit_the_model(config: CrateMAEConfig) -> None:
     pictures = shipped_pictures(config, 2 * SHOWN)
     side = config.image_size
@@ -114,16 +146,31 @@ def test_shipped_pictures_fit_the_model(config: CrateMAEConfig) -> None:
     assert pictures.min() >= 0
     assert pictures.max() <= 1
     assert pictures.flatten(1).std(dim=1).max() > 0.1
-    assert len({tuple(picture.flatten()[:: side * side // 16].tolist()) for picture in pictures}) > 8
+    assert (
+        len(
+            {
+                tuple(picture.flatten()[:: side * side // 16].tolist())
+                for picture in pictures
+            }
+        )
+        > 8
+    )
 
 
 def test_other_channels_have_no_shipped_pictures() -> None:
     with pytest.raises(ValueError, match="2 channels are at hand: give some"):
-        shipped_pictures(CrateMAEConfig.preset("digits", channels=2, pixel_mean=(0.5, 0.5), pixel_std=(1.0, 1.0)))
+        shipped_pictures(
+            CrateMAEConfig.preset(
+                "digits", channels=2, pixel_mean=(0.5, 0.5), pixel_std=(1.0, 1.0)
+            )
+        )
 
 
 def test_falls_counts_steps_of_the_means() -> None:
-    assert falls(np.array([[3.0, 2.0, 2.5], [3.0, 4.0, 2.5]])) == "falls in 1 of 2 steps from layer to layer"
+    assert (
+        falls(np.array([[3.0, 2.0, 2.5], [3.0, 4.0, 2.5]]))
+        == "falls in 1 of 2 steps from layer to layer"
+    )
 
 
 # -- the command
@@ -135,13 +182,30 @@ def checkpoint(tmp_path: Path) -> Path:
     return tmp_path / "checkpoint"
 
 
-def test_command_writes_the_page(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_writes_the_page(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     torch.manual_seed(0)
     for name in ("a.png", "b.png"):
-        Image.fromarray((torch.rand(20, 30, 3) * 255).byte().numpy()).save(tmp_path / name)
+        Image.fromarray((torch.rand(20, 30, 3) * 255).byte().numpy()).save(
+            tmp_path / name
+        )
     (tmp_path / "bad.png").write_bytes(b"no picture")
-    options = ["inspect", "--checkpoint", str(checkpoint), "--seeds", "1", "--device", "cpu"]
-    assert main([*options, "--images", "a.png", "bad.png", "b.png", "--output", "mine.html"]) == 0
+    options = [
+        "inspect",
+        "--checkpoint",
+        str(checkpoint),
+        "--seeds",
+        "1",
+        "--device",
+        "cpu",
+    ]
+    assert (
+        main(
+            [*options, "--images", "a.png", "bad.png", "b.png", "--output", "mine.html"]
+        )
+        == 0
+    )
     assert "saved in mine.html" in capsys.readouterr().out
     page = Page((tmp_path / "mine.html").read_text(encoding="utf8"))
     assert page.headings == [title for title in SECTIONS if "removed" not in title]
@@ -169,7 +233,10 @@ def test_command_writes_the_page(checkpoint: Path, tmp_path: Path, capsys: pytes
 def test_bad_input_is_one_line(
     checkpoint: Path, options: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["inspect", "--checkpoint", str(checkpoint), "--device", "cpu", *options]) == 2
+    assert (
+        main(["inspect", "--checkpoint", str(checkpoint), "--device", "cpu", *options])
+        == 2
+    )
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
@@ -179,5 +246,18 @@ def test_pictures_that_cannot_be_read_are_an_error_when_there_is_no_other(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "bad.png").write_bytes(b"no picture")
-    assert main(["inspect", "--checkpoint", str(checkpoint), "--device", "cpu", "--images", "bad.png"]) == 2
+    assert (
+        main(
+            [
+                "inspect",
+                "--checkpoint",
+                str(checkpoint),
+                "--device",
+                "cpu",
+                "--images",
+                "bad.png",
+            ]
+        )
+        == 2
+    )
     assert "none of 1 pictures can be read" in capsys.readouterr().err

@@ -1,4 +1,6 @@
-"""What a linear map reads off removed patches: nothing from positions, everything where a layer put it."""
+"""What a linear map reads off removed patches: nothing from positions, everything where
+a layer put it.
+"""
 
 import numpy as np
 import pytest
@@ -15,7 +17,9 @@ PICTURES = torch.rand(300, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 class Puts(nn.Module):
-    """Adds a linear image of given patches (B, L, m) to the patch tokens, with noise of a given size."""
+    """Adds a linear image of given patches (B, L, m) to the patch tokens, with noise of
+    a given size.
+    """
 
     def __init__(self, patches: torch.Tensor, noise: float) -> None:
         super().__init__()
@@ -28,7 +32,9 @@ class Puts(nn.Module):
         return out
 
 
-def test_what_a_layer_puts_there_is_read_and_positions_know_the_mean_picture_only() -> None:
+def test_what_a_layer_puts_there_is_read_and_positions_know_the_mean_picture_only() -> (
+    None
+):
     model = untrained(TINY, 0).train()
     patches = patchify(model.standardize(PICTURES), 2)
     put, taken = Puts(patches, 0.0), Puts(patches, 0.0)
@@ -53,8 +59,13 @@ def test_noise_lowers_the_share() -> None:
 
 
 def test_pictures_with_structure_are_partly_read_after_mixing_and_not_before() -> None:
-    # All patches of a picture have one grey value: attention can bring it to removed ones.
-    grey = torch.rand(300, 1, 1, 1, generator=torch.Generator().manual_seed(1)).expand(300, 1, 8, 8).clone()
+    # All patches of a picture have one grey value: attention can bring it to removed
+    # ones.
+    grey = (
+        torch.rand(300, 1, 1, 1, generator=torch.Generator().manual_seed(1))
+        .expand(300, 1, 8, 8)
+        .clone()
+    )
     shares = linear_readout(untrained(TINY, 0), grey[:200], grey[200:], 0.5)
     assert abs(shares[0]) < 0.05
     assert shares[1] > 0.5
@@ -78,6 +89,10 @@ def test_a_token_entry_that_hardly_varies_is_not_blown_up() -> None:
 def test_what_cannot_be_read_is_refused() -> None:
     with pytest.raises(ValueError, match="removes no patch of 16"):
         linear_readout(untrained(TINY, 0), PICTURES[:4], PICTURES[4:8], 0.0)
-    vit = ViTMAEConfig.preset("cifar10-tiny", dim=16, depth=1, heads=2, decoder_dim=8, decoder_heads=2)
+    vit = ViTMAEConfig.preset(
+        "cifar10-tiny", dim=16, depth=1, heads=2, decoder_dim=8, decoder_heads=2
+    )
     with pytest.raises(ValueError, match="sees no token of a removed patch"):
-        linear_readout(untrained(vit, 0), torch.rand(2, 3, 32, 32), torch.rand(2, 3, 32, 32), 0.5)
+        linear_readout(
+            untrained(vit, 0), torch.rand(2, 3, 32, 32), torch.rand(2, 3, 32, 32), 0.5
+        )

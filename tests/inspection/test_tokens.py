@@ -1,4 +1,6 @@
-"""Traces, principal components, linearity, attention maps, and pictures decoded from blended and swapped tokens."""
+"""Traces, principal components, linearity, attention maps, and pictures decoded from
+blended and swapped tokens.
+"""
 
 import pytest
 import torch
@@ -7,8 +9,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from crate_core.inspection.heads import all_attention_maps, attention_maps, upsample
-from crate_core.inspection.token_blends import decode_tokens, interpolate_tokens, swap_tokens
-from crate_core.inspection.tokens import BATCH, midpoint_nonlinearity, signed_components, token_pca, trace_tokens
+from crate_core.inspection.token_blends import (
+    decode_tokens,
+    interpolate_tokens,
+    swap_tokens,
+)
+from crate_core.inspection.tokens import (
+    BATCH,
+    midpoint_nonlinearity,
+    signed_components,
+    token_pca,
+    trace_tokens,
+)
 from crate_core.model.autoencoder import MaskedAutoencoder
 from crate_core.model.build import build_model
 from crate_core.model.config import CrateMAEConfig, ViTMAEConfig
@@ -17,7 +29,13 @@ SIZES = {"image_size": 16, "patch_size": 4, "dim": 16, "depth": 2, "heads": 2}
 CONFIGS = {
     "crate": CrateMAEConfig(**SIZES),
     "crate, visible only": CrateMAEConfig(**SIZES, encode_visible_only=True),
-    "vit": ViTMAEConfig(**SIZES, decoder_dim=8, decoder_depth=1, decoder_heads=2, encode_visible_only=True),
+    "vit": ViTMAEConfig(
+        **SIZES,
+        decoder_dim=8,
+        decoder_depth=1,
+        decoder_heads=2,
+        encode_visible_only=True,
+    ),
 }
 
 
@@ -28,7 +46,9 @@ def model(request: pytest.FixtureRequest) -> MaskedAutoencoder:
 
 
 def pictures(count: int, seed: int, side: int = 16) -> Tensor:
-    return torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(seed))
+    return torch.rand(
+        count, 3, side, side, generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def noise(count: int, seed: int = 0) -> Tensor:
@@ -38,15 +58,21 @@ def noise(count: int, seed: int = 0) -> Tensor:
 # ---- traces ----
 
 
-def test_trace_ends_at_the_encoders_features_in_raster_order(model: MaskedAutoencoder) -> None:
+def test_trace_ends_at_the_encoders_features_in_raster_order(
+    model: MaskedAutoencoder,
+) -> None:
     images = pictures(3, 1)
     model.train()
     trace = trace_tokens(model, images, attentions=True)
     assert model.training
     with torch.no_grad():
         features = model.forward_features(model.standardize(images))
-        torch.testing.assert_close(model.encoder_norm(trace.hidden_states[-1]), features)
-        for layer, x, weights in zip(model.encoder, trace.hidden_states, trace.attentions, strict=False):
+        torch.testing.assert_close(
+            model.encoder_norm(trace.hidden_states[-1]), features
+        )
+        for layer, x, weights in zip(
+            model.encoder, trace.hidden_states, trace.attentions, strict=False
+        ):
             torch.testing.assert_close(layer.attention_weights(x), weights)
     assert len(trace.hidden_states) == 3
     assert len(trace.attentions) == 2
@@ -57,9 +83,13 @@ def test_batches_do_not_matter(model: MaskedAutoencoder) -> None:
     images = pictures(BATCH + 2, 2)
     whole = trace_tokens(model, images)
     alone = trace_tokens(model, images[-1:])
-    torch.testing.assert_close(whole.hidden_states[-1][-1:], alone.hidden_states[-1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        whole.hidden_states[-1][-1:], alone.hidden_states[-1], rtol=1e-4, atol=1e-5
+    )
     maps = attention_maps(model, images).class_token
-    torch.testing.assert_close(maps[-1:], attention_maps(model, images[-1:]).class_token, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        maps[-1:], attention_maps(model, images[-1:]).class_token, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_trace_says_what_is_wrong(model: MaskedAutoencoder) -> None:
@@ -74,7 +104,9 @@ def test_trace_says_what_is_wrong(model: MaskedAutoencoder) -> None:
 # ---- attention maps ----
 
 
-def test_maps_are_the_rows_and_means_of_the_attention_weights(model: MaskedAutoencoder) -> None:
+def test_maps_are_the_rows_and_means_of_the_attention_weights(
+    model: MaskedAutoencoder,
+) -> None:
     images = pictures(2, 3)
     trace = trace_tokens(model, images, attentions=True)
     for index, maps in enumerate(all_attention_maps(model, images)):
@@ -82,12 +114,19 @@ def test_maps_are_the_rows_and_means_of_the_attention_weights(model: MaskedAutoe
         for head in range(2):
             for j in range(16):
                 row, column = divmod(j, 4)
-                torch.testing.assert_close(maps.class_token[:, head, row, column], weights[:, head, 0, 1 + j])
                 torch.testing.assert_close(
-                    maps.mean_token[:, head, row, column], weights[:, head, 1:, 1 + j].mean(1), rtol=1e-4, atol=1e-6
+                    maps.class_token[:, head, row, column], weights[:, head, 0, 1 + j]
+                )
+                torch.testing.assert_close(
+                    maps.mean_token[:, head, row, column],
+                    weights[:, head, 1:, 1 + j].mean(1),
+                    rtol=1e-4,
+                    atol=1e-6,
                 )
         # What is missing to 1 went to the class token.
-        torch.testing.assert_close(maps.class_token.sum((-2, -1)) + weights[:, :, 0, 0], torch.ones(2, 2))
+        torch.testing.assert_close(
+            maps.class_token.sum((-2, -1)) + weights[:, :, 0, 0], torch.ones(2, 2)
+        )
         assert (maps.mean_token.sum((-2, -1)) < 1).all()
     last = attention_maps(model, images, layer=-1)
     torch.testing.assert_close(last.class_token, maps.class_token)
@@ -106,28 +145,40 @@ def test_upsampling_keeps_each_patchs_value_or_interpolates() -> None:
     smooth = upsample(maps, (16, 16), smooth=True)
     assert smooth.amax() <= maps.amax() + 1e-6
     ramp = torch.arange(4.0).expand(1, 1, 4, 4)
-    torch.testing.assert_close(upsample(ramp, (4, 16), smooth=True)[0, 0, 0, 2:-2].diff(), torch.full((11,), 0.25))
+    torch.testing.assert_close(
+        upsample(ramp, (4, 16), smooth=True)[0, 0, 0, 2:-2].diff(),
+        torch.full((11,), 0.25),
+    )
 
 
 # ---- principal components ----
 
 
 @given(st.integers(1, 4), st.integers(2, 12), st.integers(3, 6), st.integers(0, 99))
-def test_components_are_a_rotation_of_the_centred_tokens(batch: int, length: int, dim: int, seed: int) -> None:
-    tokens = torch.randn(batch, length, dim, generator=torch.Generator().manual_seed(seed)).double()
+def test_components_are_a_rotation_of_the_centred_tokens(
+    batch: int, length: int, dim: int, seed: int
+) -> None:
+    tokens = torch.randn(
+        batch, length, dim, generator=torch.Generator().manual_seed(seed)
+    ).double()
     components = min(batch * length, dim)
     pca = token_pca(tokens, components)
     rebuilt = pca.coordinates @ pca.directions.mT + pca.mean
     torch.testing.assert_close(rebuilt, tokens)
-    torch.testing.assert_close(pca.directions.mT @ pca.directions, torch.eye(components).double())
+    torch.testing.assert_close(
+        pca.directions.mT @ pca.directions, torch.eye(components).double()
+    )
     variance = (tokens - pca.mean).square().sum()
-    torch.testing.assert_close(pca.coordinates.square().sum((0, 1)) / variance, pca.explained)
+    torch.testing.assert_close(
+        pca.coordinates.square().sum((0, 1)) / variance, pca.explained
+    )
     assert (pca.explained.diff() <= 1e-12).all()
     assert (pca.coordinates.pow(3).sum((0, 1)) >= -1e-9 * variance**1.5).all()
 
 
 def test_planted_directions_are_found_jointly() -> None:
-    # A direction that varies between pictures but not inside any is invisible to a PCA of each picture alone.
+    # A direction that varies between pictures but not inside any is invisible to a PCA
+    # of each picture alone.
     generator = torch.Generator().manual_seed(0)
     tokens = 0.01 * torch.randn(4, 16, 8, generator=generator)
     tokens[..., 0] += torch.tensor([0.0, 0.0, 0.0, 5.0])[:, None]
@@ -163,19 +214,26 @@ def test_signed_components_are_a_map_and_its_mirror() -> None:
     assert (maps.amin((-2, -1)) == 0).all()
     total = maps[:, :3] + maps[:, 3:]
     torch.testing.assert_close(total, total[..., :1, :1].expand_as(total))
-    torch.testing.assert_close(maps[0, 0].flatten().argsort(), pca.coordinates[0, :, 0].argsort())
+    torch.testing.assert_close(
+        maps[0, 0].flatten().argsort(), pca.coordinates[0, :, 0].argsort()
+    )
 
 
 # ---- linearity ----
 
 
-def test_nonlinearity_is_zero_at_the_embedding_and_for_equal_tokens(model: MaskedAutoencoder) -> None:
+def test_nonlinearity_is_zero_at_the_embedding_and_for_equal_tokens(
+    model: MaskedAutoencoder,
+) -> None:
     first, second = pictures(3, 5), pictures(3, 6)
     measured = midpoint_nonlinearity(model, first, second)
     assert measured.shape == (3, 3)
     assert measured[0].max() < 1e-5
     assert measured[1:].min() > 1e-3
-    trace = [trace_tokens(model, x).hidden_states[2][:, 1:] for x in (first, second, (first + second) / 2)]
+    trace = [
+        trace_tokens(model, x).hidden_states[2][:, 1:]
+        for x in (first, second, (first + second) / 2)
+    ]
     by_hand = (trace[2] - (trace[0] + trace[1]) / 2).flatten(1).norm(dim=1)
     by_hand = by_hand / ((trace[0] - trace[1]).flatten(1).norm(dim=1) / 2)
     torch.testing.assert_close(measured[2].float(), by_hand, rtol=1e-4, atol=1e-5)
@@ -187,7 +245,9 @@ def test_pairs_must_match(model: MaskedAutoencoder) -> None:
         with pytest.raises(ValueError, match="one shape"):
             function(model, pictures(3, 0), pictures(2, 0))
     with pytest.raises(ValueError, match="16 entries"):
-        swap_tokens(model, pictures(1, 0), pictures(1, 1), torch.zeros(9, dtype=torch.bool))
+        swap_tokens(
+            model, pictures(1, 0), pictures(1, 1), torch.zeros(9, dtype=torch.bool)
+        )
 
 
 # ---- pictures from tokens ----
@@ -195,12 +255,18 @@ def test_pairs_must_match(model: MaskedAutoencoder) -> None:
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
 @pytest.mark.parametrize("mask_ratio", [0.0, 0.75])
-def test_decoding_a_trace_is_the_models_own_prediction(model: MaskedAutoencoder, layer: int, mask_ratio: float) -> None:
+def test_decoding_a_trace_is_the_models_own_prediction(
+    model: MaskedAutoencoder, layer: int, mask_ratio: float
+) -> None:
     images = pictures(3, 7)
     order = noise(3)
     trace = trace_tokens(model, images, mask_ratio=mask_ratio, noise=order)
-    decoded = decode_tokens(model, trace.hidden_states[layer], trace.ids_restore, trace.grid, layer=layer)
-    predicted = model.unstandardize(model.reconstruct(model.standardize(images), mask_ratio, order).predicted)
+    decoded = decode_tokens(
+        model, trace.hidden_states[layer], trace.ids_restore, trace.grid, layer=layer
+    )
+    predicted = model.unstandardize(
+        model.reconstruct(model.standardize(images), mask_ratio, order).predicted
+    )
     torch.testing.assert_close(decoded, predicted, rtol=1e-4, atol=1e-5)
 
 
@@ -211,37 +277,64 @@ def test_normalised_targets_need_pictures_to_be_like() -> None:
     trace = trace_tokens(model, images)
     with pytest.raises(ValueError, match="like="):
         decode_tokens(model, trace.hidden_states[2], trace.ids_restore, trace.grid)
-    decoded = decode_tokens(model, trace.hidden_states[2], trace.ids_restore, trace.grid, like=images)
-    predicted = model.unstandardize(model.reconstruct(model.standardize(images), 0.0, noise(2)).predicted)
+    decoded = decode_tokens(
+        model, trace.hidden_states[2], trace.ids_restore, trace.grid, like=images
+    )
+    predicted = model.unstandardize(
+        model.reconstruct(model.standardize(images), 0.0, noise(2)).predicted
+    )
     torch.testing.assert_close(decoded, predicted, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match=r"layer must be in 0 \.\. 2, got 3"):
-        decode_tokens(model, trace.hidden_states[2], trace.ids_restore, trace.grid, layer=3, like=images)
+        decode_tokens(
+            model,
+            trace.hidden_states[2],
+            trace.ids_restore,
+            trace.grid,
+            layer=3,
+            like=images,
+        )
 
 
 @pytest.mark.parametrize("mask_ratio", [0.0, 0.5])
-def test_blends_at_the_embedding_are_blends_of_pixels(model: MaskedAutoencoder, mask_ratio: float) -> None:
+def test_blends_at_the_embedding_are_blends_of_pixels(
+    model: MaskedAutoencoder, mask_ratio: float
+) -> None:
     first, second = pictures(2, 9), pictures(2, 10)
-    between = interpolate_tokens(model, first, second, layer=0, mask_ratio=mask_ratio, noise=noise(2))
+    between = interpolate_tokens(
+        model, first, second, layer=0, mask_ratio=mask_ratio, noise=noise(2)
+    )
     torch.testing.assert_close(between.tokens, between.pixels, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(between.blend[2], (first + second) / 2)
 
 
-def test_blends_end_at_the_two_pictures_and_differ_between(model: MaskedAutoencoder) -> None:
+def test_blends_end_at_the_two_pictures_and_differ_between(
+    model: MaskedAutoencoder,
+) -> None:
     first, second = pictures(2, 11), pictures(2, 12)
     between = interpolate_tokens(model, first, second, (0.0, 0.5, 1.0))
     for end in (0, 2):
-        torch.testing.assert_close(between.tokens[end], between.pixels[end], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            between.tokens[end], between.pixels[end], rtol=1e-4, atol=1e-5
+        )
     assert (between.tokens[1] - between.pixels[1]).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("mask_ratio", [0.0, 0.5])
-def test_swapping_nothing_everything_and_at_the_embedding(model: MaskedAutoencoder, mask_ratio: float) -> None:
-    first, second, masks = pictures(2, 13), pictures(2, 14), {"mask_ratio": mask_ratio, "noise": noise(2)}
+def test_swapping_nothing_everything_and_at_the_embedding(
+    model: MaskedAutoencoder, mask_ratio: float
+) -> None:
+    first, second, masks = (
+        pictures(2, 13),
+        pictures(2, 14),
+        {"mask_ratio": mask_ratio, "noise": noise(2)},
+    )
     none, every = torch.zeros(16, dtype=torch.bool), torch.ones(16, dtype=torch.bool)
     torch.testing.assert_close(
-        swap_tokens(model, first, second, none, **masks), swap_tokens(model, first, first, every, **masks)
+        swap_tokens(model, first, second, none, **masks),
+        swap_tokens(model, first, first, every, **masks),
     )
-    # At the embedding a token holds its own patch and nothing else, so swapping tokens is swapping patches.
+    # At the embedding a token holds its own patch and nothing else, so swapping tokens
+    # is swapping patches.
     left = (torch.arange(16) % 4) < 2
     pasted = first.clone()
     pasted[..., :8] = second[..., :8]

@@ -1,4 +1,6 @@
-"""crate_core.model.crate and crate_core.model.config: counts, sizes, masking, features, reconstruction, initialisation."""
+"""crate_core.model.crate and crate_core.model.config: counts, sizes, masking, features,
+reconstruction, initialisation.
+"""
 
 import dataclasses
 import math
@@ -12,7 +14,12 @@ from crate_core.model.config import PRESETS, CrateMAEConfig
 from crate_core.model.crate import CrateMAE
 from crate_core.model.patches import patchify
 
-PUBLISHED = {"tiny": 11_256_192, "small": 24_846_528, "base": 43_745_280, "large": 152_821_504}
+PUBLISHED = {
+    "tiny": 11_256_192,
+    "small": 24_846_528,
+    "base": 43_745_280,
+    "large": 152_821_504,
+}
 SMALL = {"image_size": 8, "patch_size": 2, "dim": 16, "depth": 2, "heads": 4}
 
 
@@ -22,11 +29,15 @@ def build(seed: int = 0, **fields) -> CrateMAE:
 
 
 def draw(*shape: int, seed: int = 1) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(
+        *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
 
 
 def uniform(*shape: int, seed: int = 2) -> torch.Tensor:
-    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.rand(
+        *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
 
 
 # ---------------------------------------------------------------------------------------------- counts and presets
@@ -40,20 +51,33 @@ def test_parameter_counts_of_the_published_sizes(name):
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-@given(st.integers(1, 6), st.integers(1, 4), st.integers(1, 5), st.integers(1, 4), st.integers(1, 4))
+@given(
+    st.integers(1, 6),
+    st.integers(1, 4),
+    st.integers(1, 5),
+    st.integers(1, 4),
+    st.integers(1, 4),
+)
 @settings(deadline=None, max_examples=25)
 def test_parameter_count_by_formula(quarter, depth, patch_size, channels, grid):
     dim, pixels = 4 * quarter, patch_size**2 * channels
-    config = CrateMAEConfig(grid * patch_size, patch_size, channels, dim, depth, heads=quarter)
+    config = CrateMAEConfig(
+        grid * patch_size, patch_size, channels, dim, depth, heads=quarter
+    )
     with torch.device("meta"):
         count = sum(parameter.numel() for parameter in CrateMAE(config).parameters())
-    assert count == 2 * depth * (3 * dim**2 + 5 * dim) + 2 * dim * pixels + 7 * dim + pixels
+    assert (
+        count
+        == 2 * depth * (3 * dim**2 + 5 * dim) + 2 * dim * pixels + 7 * dim + pixels
+    )
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_takes_a_training_step(name):
     """At its own width, patch and channels, with two layers and four patches."""
-    config = CrateMAEConfig.preset(name, depth=2, image_size=2 * CrateMAEConfig.preset(name).patch_size)
+    config = CrateMAEConfig.preset(
+        name, depth=2, image_size=2 * CrateMAEConfig.preset(name).patch_size
+    )
     torch.manual_seed(0)
     model = CrateMAE(config)
     images = torch.randn(2, config.channels, config.image_size, config.image_size)
@@ -71,7 +95,11 @@ def test_every_preset_takes_a_training_step(name):
 def test_every_parameter_receives_a_gradient(visible_only, normalize):
     model = build(encode_visible_only=visible_only, normalize_targets=normalize)
     model(draw(3, 3, 8, 8), 0.75, uniform(3, 16)).loss.backward()
-    silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
+    silent = [
+        name
+        for name, p in model.named_parameters()
+        if p.grad is None or not p.grad.abs().max() > 0
+    ]
     assert silent == []
 
 
@@ -103,11 +131,20 @@ def test_initial_weights_are_drawn_from_the_published_distributions():
 
 
 @given(
-    st.integers(1, 4), st.integers(1, 4), st.integers(1, 3), st.sampled_from([1, 3, 4]), st.booleans(), st.booleans()
+    st.integers(1, 4),
+    st.integers(1, 4),
+    st.integers(1, 3),
+    st.sampled_from([1, 3, 4]),
+    st.booleans(),
+    st.booleans(),
 )
 @settings(deadline=None, max_examples=30)
-def test_any_size_divisible_by_the_patch(rows, columns, batch, channels, visible_only, normalize):
-    model = build(channels=channels, encode_visible_only=visible_only, normalize_targets=normalize)
+def test_any_size_divisible_by_the_patch(
+    rows, columns, batch, channels, visible_only, normalize
+):
+    model = build(
+        channels=channels, encode_visible_only=visible_only, normalize_targets=normalize
+    )
     height, width, length = 2 * rows, 2 * columns, rows * columns
     images = draw(batch, channels, height, width)
     assert model.forward_features(images).shape == (batch, 1 + length, 16)
@@ -131,7 +168,8 @@ def test_position_table_of_another_size_covers_the_same_range():
     model = build()
     assert torch.equal(model.position_table((4, 4)), model.positions)
     twice = model.position_table((8, 8))[1:].reshape(8, 8, 16)
-    # The fastest sine along the columns, at half-patch steps that start a quarter patch before the first patch.
+    # The fastest sine along the columns, at half-patch steps that start a quarter patch
+    # before the first patch.
     expected = torch.sin((torch.arange(8, dtype=torch.float64) + 0.5) / 2 - 0.5)
     torch.testing.assert_close(twice[3, :, 0], expected, atol=1e-6, rtol=0)
 
@@ -144,10 +182,15 @@ def test_removed_pixels_do_not_reach_the_model(visible_only):
     model = build(encode_visible_only=visible_only)
     images, noise = draw(2, 3, 8, 8), uniform(2, 16)
     out = model(images, 0.75, noise, output_hidden_states=True)
-    pixel_mask = out.mask.reshape(2, 1, 4, 4).repeat_interleave(2, 2).repeat_interleave(2, 3)
+    pixel_mask = (
+        out.mask.reshape(2, 1, 4, 4).repeat_interleave(2, 2).repeat_interleave(2, 3)
+    )
     other = torch.where(pixel_mask > 0, draw(2, 3, 8, 8, seed=9), images)
     again = model(other, 0.75, noise, output_hidden_states=True)
-    assert all(torch.equal(a, b) for a, b in zip(out.hidden_states, again.hidden_states, strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(out.hidden_states, again.hidden_states, strict=True)
+    )
     assert torch.equal(out.logits, again.logits)
     assert not torch.equal(out.loss, again.loss)  # they are the targets
     visible_changed = torch.where(pixel_mask > 0, images, draw(2, 3, 8, 8, seed=9))
@@ -163,7 +206,9 @@ def test_visible_only_encodes_fewer_tokens_and_equals_an_assembly_by_hand():
     visible = sorted(range(16), key=lambda i: noise[0, i].item())[:4]
     patches = patchify(images, 2)[0]
     tokens = [model.class_token[0, 0]]
-    tokens += [model.patch_embedding(patches[i]) + model.positions[1 + i] for i in visible]
+    tokens += [
+        model.patch_embedding(patches[i]) + model.positions[1 + i] for i in visible
+    ]
     x = torch.stack(tokens)[None]
     for layer in model.encoder:
         x = layer(x)
@@ -175,7 +220,9 @@ def test_visible_only_encodes_fewer_tokens_and_equals_an_assembly_by_hand():
     y = torch.stack(full)[None]
     for layer in model.decoder:
         y = layer(y)
-    torch.testing.assert_close(out.logits, model.prediction(model.decoder_norm(y))[:, 1:])
+    torch.testing.assert_close(
+        out.logits, model.prediction(model.decoder_norm(y))[:, 1:]
+    )
 
 
 def test_the_loss_counts_removed_patches_only():
@@ -207,35 +254,59 @@ def test_noise_is_drawn_from_torchs_generator_and_differs_per_image():
 @pytest.mark.parametrize("visible_only", [False, True])
 def test_features_are_the_last_hidden_state_normed_when_nothing_is_masked(visible_only):
     model, images = build(encode_visible_only=visible_only), draw(2, 3, 8, 8)
-    ascending = torch.arange(16.0).expand(2, -1) / 16  # keeps the order of patches where only visible ones are encoded
+    # keeps the order of patches where only visible ones are encoded
+    ascending = torch.arange(16.0).expand(2, -1) / 16
     out = model(images, 0.0, ascending, output_hidden_states=True)
-    assert len(out.hidden_states) == len(out.decoder_hidden_states) == model.config.depth + 1
-    torch.testing.assert_close(model.forward_features(images), model.encoder_norm(out.hidden_states[-1]))
+    assert (
+        len(out.hidden_states)
+        == len(out.decoder_hidden_states)
+        == model.config.depth + 1
+    )
+    torch.testing.assert_close(
+        model.forward_features(images), model.encoder_norm(out.hidden_states[-1])
+    )
     assert all((state >= 0).all() for state in out.hidden_states[1:])
 
 
 @pytest.mark.parametrize("visible_only", [False, True])
 def test_attention_weights_reproduce_the_layers(visible_only):
     model, images = build(encode_visible_only=visible_only), draw(2, 3, 8, 8)
-    out = model(images, 0.5, uniform(2, 16), output_hidden_states=True, output_attentions=True)
+    out = model(
+        images, 0.5, uniform(2, 16), output_hidden_states=True, output_attentions=True
+    )
     tokens = 9 if visible_only else 17
     assert [weights.shape for weights in out.attentions] == [(2, 4, tokens, tokens)] * 2
-    states = zip(model.encoder, out.attentions, out.hidden_states[:-1], out.hidden_states[1:], strict=True)
+    states = zip(
+        model.encoder,
+        out.attentions,
+        out.hidden_states[:-1],
+        out.hidden_states[1:],
+        strict=True,
+    )
     for layer, weights, before, after in states:
-        torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, tokens, dtype=torch.float64))
+        torch.testing.assert_close(
+            weights.sum(-1), torch.ones(2, 4, tokens, dtype=torch.float64)
+        )
         values = layer.attention.head_coordinates(layer.norm_attention(before))
-        attended = layer.attention.output(torch.cat((weights @ values).unbind(1), dim=-1))
-        torch.testing.assert_close(layer.sparsify(layer.norm_sparsify(before + attended)), after)
+        attended = layer.attention.output(
+            torch.cat((weights @ values).unbind(1), dim=-1)
+        )
+        torch.testing.assert_close(
+            layer.sparsify(layer.norm_sparsify(before + attended)), after
+        )
 
 
 def test_intermediates_come_only_when_asked_for_and_change_nothing():
     model, images, noise = build(), draw(2, 3, 8, 8), uniform(2, 16)
     plain = model(images, 0.5, noise)
-    assert plain.hidden_states is plain.attentions is plain.decoder_hidden_states is None
+    assert (
+        plain.hidden_states is plain.attentions is plain.decoder_hidden_states is None
+    )
     asked = model(images, 0.5, noise, output_hidden_states=True, output_attentions=True)
     assert torch.equal(plain.logits, asked.logits)
     torch.testing.assert_close(
-        model.prediction(model.decoder_norm(asked.decoder_hidden_states[-1]))[:, 1:], plain.logits
+        model.prediction(model.decoder_norm(asked.decoder_hidden_states[-1]))[:, 1:],
+        plain.logits,
     )
 
 
@@ -244,11 +315,17 @@ def test_intermediates_come_only_when_asked_for_and_change_nothing():
 
 @pytest.mark.parametrize("normalize", [False, True])
 def test_a_perfect_prediction_gives_the_picture_back(normalize, monkeypatch):
-    model, images, noise = build(normalize_targets=normalize), draw(2, 3, 8, 12), uniform(2, 24)
+    model, images, noise = (
+        build(normalize_targets=normalize),
+        draw(2, 3, 8, 12),
+        uniform(2, 24),
+    )
     real = model.forward
 
     def perfect(images, mask_ratio, noise):
-        return dataclasses.replace(real(images, mask_ratio, noise), logits=model.targets(images))
+        return dataclasses.replace(
+            real(images, mask_ratio, noise), logits=model.targets(images)
+        )
 
     monkeypatch.setattr(model, "forward", perfect)
     pictures = model.reconstruct(images, 0.75, noise)
@@ -258,9 +335,15 @@ def test_a_perfect_prediction_gives_the_picture_back(normalize, monkeypatch):
 
 @pytest.mark.parametrize("normalize", [False, True])
 def test_reconstruction_pastes_predictions_where_patches_were_removed(normalize):
-    model, images, noise = build(normalize_targets=normalize), draw(2, 3, 8, 8), uniform(2, 16)
+    model, images, noise = (
+        build(normalize_targets=normalize),
+        draw(2, 3, 8, 8),
+        uniform(2, 16),
+    )
     pictures, out = model.reconstruct(images, 0.5, noise), model(images, 0.5, noise)
-    removed = out.mask.reshape(2, 1, 4, 4).repeat_interleave(2, 2).repeat_interleave(2, 3) > 0
+    removed = (
+        out.mask.reshape(2, 1, 4, 4).repeat_interleave(2, 2).repeat_interleave(2, 3) > 0
+    )
     removed = removed.expand_as(images)
     assert torch.equal(pictures.mask, out.mask)
     assert torch.equal(pictures.masked, images.masked_fill(removed, 0))
@@ -268,10 +351,18 @@ def test_reconstruction_pastes_predictions_where_patches_were_removed(normalize)
     assert torch.equal(pictures.pasted[removed], pictures.predicted[removed])
     targets, predicted = model.targets(images), out.logits
     if normalize:
-        # De-normalised by hand: each predicted patch gets its original's mean and standard deviation.
+        # De-normalised by hand: each predicted patch gets its original's mean and
+        # standard deviation.
         originals = patchify(images, 2)
-        predicted = predicted * (originals.var(-1, keepdim=True) + 1e-6).sqrt() + originals.mean(-1, keepdim=True)
-        torch.testing.assert_close(targets.mean(-1), torch.zeros(2, 16, dtype=torch.float64), atol=1e-12, rtol=0)
+        predicted = predicted * (
+            originals.var(-1, keepdim=True) + 1e-6
+        ).sqrt() + originals.mean(-1, keepdim=True)
+        torch.testing.assert_close(
+            targets.mean(-1),
+            torch.zeros(2, 16, dtype=torch.float64),
+            atol=1e-12,
+            rtol=0,
+        )
     torch.testing.assert_close(patchify(pictures.predicted, 2), predicted)
     assert not pictures.predicted.requires_grad
 
@@ -279,7 +370,13 @@ def test_reconstruction_pastes_predictions_where_patches_were_removed(normalize)
 @pytest.mark.parametrize("channels", [1, 2, 3])
 def test_standardize_and_back(channels):
     model = build(channels=channels)
-    bytes_ = torch.randint(0, 256, (2, channels, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    bytes_ = torch.randint(
+        0,
+        256,
+        (2, channels, 8, 8),
+        dtype=torch.uint8,
+        generator=torch.Generator().manual_seed(0),
+    )
     pixels = bytes_.double() / 255
     units = model.standardize(bytes_)
     torch.testing.assert_close(units, model.standardize(pixels))
@@ -318,13 +415,25 @@ def test_autocast_runs_and_stays_near(recwarn):
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        (torch.zeros(2, 1, 8, 8).double(), r"images must be \(B, 3, H, W\), got \(2, 1, 8, 8\)"),
-        (torch.zeros(3, 8, 8).double(), r"images must be \(B, 3, H, W\), got \(3, 8, 8\)"),
+        (
+            torch.zeros(2, 1, 8, 8).double(),
+            r"images must be \(B, 3, H, W\), got \(2, 1, 8, 8\)",
+        ),
+        (
+            torch.zeros(3, 8, 8).double(),
+            r"images must be \(B, 3, H, W\), got \(3, 8, 8\)",
+        ),
         (torch.zeros(2, 3, 9, 8).double(), r"multiples of the patch size 2, got 9x8"),
         (torch.zeros(2, 3, 8, 0).double(), r"got 8x0"),
-        (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), r"floating point, got torch\.uint8; model\.standardize"),
+        (
+            torch.zeros(2, 3, 8, 8, dtype=torch.uint8),
+            r"floating point, got torch\.uint8; model\.standardize",
+        ),
         (torch.zeros(2, 3, 8, 8, dtype=torch.int64), r"got torch\.int64"),
-        (torch.zeros(2, 3, 8, 8), r"must be torch\.float64 like the weights, got torch\.float32"),
+        (
+            torch.zeros(2, 3, 8, 8),
+            r"must be torch\.float64 like the weights, got torch\.float32",
+        ),
     ],
 )
 def test_images_that_do_not_fit_are_named(method, images, message):
@@ -392,7 +501,9 @@ def test_configurations_that_do_not_fit_name_the_field(fields, message):
 
 @pytest.mark.bad_input
 def test_unknown_presets_and_fields_are_named():
-    with pytest.raises(ValueError, match=r"unknown preset 'giant', accepted: tiny, small, base, large"):
+    with pytest.raises(
+        ValueError, match=r"unknown preset 'giant', accepted: tiny, small, base, large"
+    ):
         CrateMAE.from_preset("giant")
     with pytest.raises(ValueError, match=r"unknown configuration fields \['width'\]"):
         CrateMAE.from_preset("tiny", width=3)
@@ -406,4 +517,7 @@ def test_the_configuration_is_frozen_and_survives_json():
         config.dim = 3
     assert CrateMAEConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     rectangular = CrateMAEConfig(image_size=(8, 16), patch_size=4, dim=8, heads=2)
-    assert CrateMAEConfig.from_dict(json.loads(json.dumps(rectangular.to_dict()))) == rectangular
+    assert (
+        CrateMAEConfig.from_dict(json.loads(json.dumps(rectangular.to_dict())))
+        == rectangular
+    )

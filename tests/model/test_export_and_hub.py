@@ -1,4 +1,6 @@
-"""Other people's tools: timm's interface, torch.export and ONNX, the Hugging Face Hub, bundled weights."""
+"""Other people's tools: timm's interface, torch.export and ONNX, the Hugging Face Hub,
+bundled weights.
+"""
 
 import importlib.util
 import json
@@ -19,7 +21,12 @@ from crate_core.model.config import CrateMAEConfig, FrameConfig, ViTMAEConfig
 from crate_core.model.crate import CrateMAE
 from crate_core.model.export import export_encoder, save_onnx
 from crate_core.model.files import save_model
-from crate_core.model.hub import bundled_directory, bundled_names, push_to_hub, resolve_directory
+from crate_core.model.hub import (
+    bundled_directory,
+    bundled_names,
+    push_to_hub,
+    resolve_directory,
+)
 from crate_core.model.vit import BLOCK_NORM_EPS, ViTMAE
 
 CRATE = CrateMAEConfig.preset("digits", dim=16, depth=3, heads=2)
@@ -32,7 +39,9 @@ BOTH = pytest.mark.parametrize("config", [CRATE, VIT], ids=["crate", "vit"])
 
 def pictures(config: FrameConfig, count: int = 3) -> torch.Tensor:
     rows, columns = config.grid
-    return torch.randn(count, config.channels, rows * config.patch_size, columns * config.patch_size)
+    return torch.randn(
+        count, config.channels, rows * config.patch_size, columns * config.patch_size
+    )
 
 
 # -- timm's interface
@@ -46,14 +55,22 @@ def as_timm(model: ViTMAE) -> VisionTransformer:
         embed_dim=config.dim, depth=config.depth, num_heads=config.heads, mlp_ratio=config.mlp_ratio,
         norm_layer=partial(nn.LayerNorm, eps=BLOCK_NORM_EPS),
     )  # fmt: skip
-    kernel = model.patch_embedding.weight.reshape(config.dim, config.patch_size, config.patch_size, config.channels)
+    kernel = model.patch_embedding.weight.reshape(
+        config.dim, config.patch_size, config.patch_size, config.channels
+    )
     state = {
         "cls_token": model.class_token,
         "pos_embed": model.positions[None],
         "patch_embed.proj.weight": kernel.permute(0, 3, 1, 2),
         "patch_embed.proj.bias": model.patch_embedding.bias,
-        **{f"blocks.{name}": value for name, value in model.encoder.state_dict().items()},
-        **{f"norm.{name}": value for name, value in model.encoder_norm.state_dict().items()},
+        **{
+            f"blocks.{name}": value
+            for name, value in model.encoder.state_dict().items()
+        },
+        **{
+            f"norm.{name}": value
+            for name, value in model.encoder_norm.state_dict().items()
+        },
     }
     vit.load_state_dict(state)
     return vit.eval()
@@ -68,7 +85,12 @@ def as_timm(model: ViTMAE) -> VisionTransformer:
         {"indices": [1], "stop_early": True},
         {"return_prefix_tokens": True},
         {"output_fmt": "NLC", "indices": (0, 2)},
-        {"intermediates_only": True, "indices": 1, "return_prefix_tokens": True, "norm": True},
+        {
+            "intermediates_only": True,
+            "indices": 1,
+            "return_prefix_tokens": True,
+            "norm": True,
+        },
     ],
     ids=str,
 )
@@ -97,7 +119,12 @@ def test_intermediates_are_the_layers_outputs(config: FrameConfig) -> None:
             assert map_.shape == (3, 16, *config.grid)
             torch.testing.assert_close(map_[:, :, 1, 2], x[:, 1 + config.grid[1] + 2])
         ((patches, prefix),) = model.forward_intermediates(
-            images, 1, return_prefix_tokens=True, norm=True, output_fmt="NLC", intermediates_only=True
+            images,
+            1,
+            return_prefix_tokens=True,
+            norm=True,
+            output_fmt="NLC",
+            intermediates_only=True,
         )
     torch.testing.assert_close(torch.cat([prefix, patches], dim=1), features)
 
@@ -105,7 +132,9 @@ def test_intermediates_are_the_layers_outputs(config: FrameConfig) -> None:
 def test_early_stopping_leaves_out_later_layers() -> None:
     model = CrateMAE(CRATE).eval()
     nn.init.constant_(model.encoder[2].sparsify.weight, torch.nan)
-    features, (first,) = model.forward_intermediates(pictures(CRATE), [0], stop_early=True)
+    features, (first,) = model.forward_intermediates(
+        pictures(CRATE), [0], stop_early=True
+    )
     assert features.isfinite().all()
     assert first.isfinite().all()
     assert not model.forward_intermediates(pictures(CRATE), [0])[0].isfinite().all()
@@ -113,7 +142,9 @@ def test_early_stopping_leaves_out_later_layers() -> None:
 
 @pytest.mark.parametrize("indices", [0, 4, -1, [3], [-4], []])
 def test_layers_that_do_not_exist_are_named(indices: Any) -> None:
-    with pytest.raises(ValueError, match=r"accepted are 1 to 3 last layers, or layers -3 to 2"):
+    with pytest.raises(
+        ValueError, match=r"accepted are 1 to 3 last layers, or layers -3 to 2"
+    ):
         CrateMAE(CRATE).forward_intermediates(pictures(CRATE), indices)
 
 
@@ -127,12 +158,16 @@ def test_another_format_is_refused() -> None:
 
 
 def outside_of_jaxtyping() -> bool:
-    """Whether signatures are unchecked: what traces a function cannot follow the checks."""
+    """Whether signatures are unchecked: what traces a function cannot follow the
+    checks.
+    """
     return not hasattr(CrateMAE.forward_features, "__wrapped__")
 
 
 @BOTH
-def test_the_exported_encoder_computes_the_same_for_any_batch(config: FrameConfig) -> None:
+def test_the_exported_encoder_computes_the_same_for_any_batch(
+    config: FrameConfig,
+) -> None:
     if not outside_of_jaxtyping():
         pytest.skip("shape checks cannot be traced")
     model = build_model(replace(config, depth=1)).eval()
@@ -143,7 +178,9 @@ def test_the_exported_encoder_computes_the_same_for_any_batch(config: FrameConfi
 
 
 @BOTH
-def test_onnx_runtime_computes_the_same_for_any_batch(config: FrameConfig, tmp_path: Path) -> None:
+def test_onnx_runtime_computes_the_same_for_any_batch(
+    config: FrameConfig, tmp_path: Path
+) -> None:
     for package in ("onnx", "onnxscript", "onnxruntime"):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed: it comes with the extra [test]")
@@ -154,11 +191,15 @@ def test_onnx_runtime_computes_the_same_for_any_batch(config: FrameConfig, tmp_p
     model = build_model(replace(config, depth=1)).eval()
     save_onnx(model, tmp_path / "encoder.onnx")
     assert [path.name for path in tmp_path.iterdir()] == ["encoder.onnx"]
-    session = onnxruntime.InferenceSession(tmp_path / "encoder.onnx", providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(
+        tmp_path / "encoder.onnx", providers=["CPUExecutionProvider"]
+    )
     for count in (1, 5):
         images = pictures(config, count)
         (features,) = session.run(["features"], {"images": images.numpy()})
-        np.testing.assert_allclose(features, model.forward_features(images).detach(), rtol=1e-4, atol=2e-5)
+        np.testing.assert_allclose(
+            features, model.forward_features(images).detach(), rtol=1e-4, atol=2e-5
+        )
 
 
 # -- the Hub, without a network
@@ -179,7 +220,9 @@ class FakeApi:
 
     def upload_folder(self, folder_path: Path, **options: Any) -> str:
         self.calls.append(("upload_folder", options))
-        self.uploaded.update({path.name: path.read_bytes() for path in Path(folder_path).iterdir()})
+        self.uploaded.update(
+            {path.name: path.read_bytes() for path in Path(folder_path).iterdir()}
+        )
         return "the commit"
 
 
@@ -193,20 +236,30 @@ def api(monkeypatch: pytest.MonkeyPatch) -> type[FakeApi]:
 
 
 @BOTH
-def test_pushing_uploads_files_that_load_and_a_card(config: FrameConfig, api: type[FakeApi], tmp_path: Path) -> None:
+def test_pushing_uploads_files_that_load_and_a_card(
+    config: FrameConfig, api: type[FakeApi], tmp_path: Path
+) -> None:
     model = build_model(config).eval()
-    answer = model.push_to_hub("someone/a-model", private=True, token="a secret", branch="next")
+    answer = model.push_to_hub(
+        "someone/a-model", private=True, token="a secret", branch="next"
+    )
     assert answer == "the commit"
     names = [name for name, _ in api.calls]
     assert names == ["token", "create_repo", "upload_folder"]
     assert api.calls[0][1]["token"] == "a secret"
     assert api.calls[1][1]["private"] is True
-    assert (api.calls[2][1]["repo_id"], api.calls[2][1]["revision"]) == ("someone/a-model", "next")
+    assert (api.calls[2][1]["repo_id"], api.calls[2][1]["revision"]) == (
+        "someone/a-model",
+        "next",
+    )
     assert set(api.uploaded) == {"config.json", "model.safetensors", "README.md"}
     for name, content in api.uploaded.items():
         (tmp_path / name).write_bytes(content)
     images = pictures(config)
-    torch.testing.assert_close(load_model(tmp_path).eval().forward_features(images), model.forward_features(images))
+    torch.testing.assert_close(
+        load_model(tmp_path).eval().forward_features(images),
+        model.forward_features(images),
+    )
 
     card = api.uploaded["README.md"].decode()
     head, body = card.removeprefix("---\n").split("\n---\n", 1)
@@ -217,22 +270,34 @@ def test_pushing_uploads_files_that_load_and_a_card(config: FrameConfig, api: ty
     assert 'load_model("someone/a-model")' in body
     assert f"| depth | {config.depth} |" in body
     # The snippet on the card runs.
-    code = body.split("```python\n")[1].split("```")[0].replace("someone/a-model", str(tmp_path))
+    code = (
+        body.split("```python\n")[1]
+        .split("```")[0]
+        .replace("someone/a-model", str(tmp_path))
+    )
     scope: dict[str, Any] = {"images": pictures(config).clamp(0, 1)}
     exec(code, scope)
-    assert scope["features"].shape == (3, 1 + config.grid[0] * config.grid[1], config.dim)
+    assert scope["features"].shape == (
+        3,
+        1 + config.grid[0] * config.grid[1],
+        config.dim,
+    )
 
 
 def test_pushing_takes_only_what_the_mixin_knows(api: type[FakeApi]) -> None:
     with pytest.raises(TypeError, match="secretly"):
-        push_to_hub(lambda path: None, {"model_type": "frame"}, "someone/a-model", secretly=True)
+        push_to_hub(
+            lambda path: None, {"model_type": "frame"}, "someone/a-model", secretly=True
+        )
     assert api.calls == []
 
 
 # -- names
 
 
-def test_a_bundled_name_loads_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bundled_name_loads_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     saved = CrateMAE(CRATE)
     half = {name: value.half() for name, value in saved.state_dict().items()}
     save_model(tmp_path / "a-bundled-model", CRATE.to_dict(), half)
@@ -240,15 +305,23 @@ def test_a_bundled_name_loads_offline(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(crate_core.model.hub, "bundled_directory", lambda: tmp_path)
     monkeypatch.chdir(tmp_path.parent)
     assert bundled_names() == ["a-bundled-model"]
-    for model in (CrateMAE.from_pretrained("a-bundled-model"), load_model("a-bundled-model")):
+    for model in (
+        CrateMAE.from_pretrained("a-bundled-model"),
+        load_model("a-bundled-model"),
+    ):
         for name, value in model.state_dict().items():
             assert value.dtype == torch.float32
             assert torch.equal(value, half[name].float())
-    with pytest.raises(FileNotFoundError, match=r"no-such is neither .* bundled model \(a-bundled-model\), nor a Hub"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"no-such is neither .* bundled model \(a-bundled-model\), nor a Hub",
+    ):
         load_model("no-such")
 
 
-def test_a_directory_comes_before_a_bundled_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_directory_comes_before_a_bundled_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     CrateMAE(CRATE).save_pretrained("cifar10-tiny")
     assert resolve_directory("cifar10-tiny") == Path("cifar10-tiny")
@@ -263,4 +336,9 @@ def test_what_is_bundled_is_what_its_name_says() -> None:
     files = list((bundled_directory() / "cifar10-tiny").iterdir())
     assert sum(path.stat().st_size for path in files) < 2_000_000
     assert {path.name for path in files} >= {"config.json", "model.safetensors"}
-    assert json.loads((bundled_directory() / "cifar10-tiny" / "config.json").read_text())["model_type"] == "crate-mae"
+    assert (
+        json.loads((bundled_directory() / "cifar10-tiny" / "config.json").read_text())[
+            "model_type"
+        ]
+        == "crate-mae"
+    )

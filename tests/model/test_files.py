@@ -12,7 +12,14 @@ from crate_core.model.config import CrateMAEConfig
 from crate_core.model.crate import CrateMAE
 from crate_core.model.files import CONFIG_FILE, WEIGHTS_FILE, atomic_write, load_weights
 
-SMALL = {"image_size": 8, "patch_size": 2, "dim": 16, "depth": 1, "heads": 4, "channels": 1}
+SMALL = {
+    "image_size": 8,
+    "patch_size": 2,
+    "dim": 16,
+    "depth": 1,
+    "heads": 4,
+    "channels": 1,
+}
 
 
 def build(seed: int = 0, **fields) -> CrateMAE:
@@ -21,7 +28,12 @@ def build(seed: int = 0, **fields) -> CrateMAE:
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, {"image_size": (8, 4), "normalize_targets": True}, {"encode_visible_only": True, "lambd": 0.1}]
+    "fields",
+    [
+        {},
+        {"image_size": (8, 4), "normalize_targets": True},
+        {"encode_visible_only": True, "lambd": 0.1},
+    ],
 )
 def test_round_trip(tmp_path, fields):
     model = build(**fields)
@@ -29,21 +41,34 @@ def test_round_trip(tmp_path, fields):
     again = CrateMAE.from_pretrained(tmp_path / "new" / "folder")
     assert again.config == model.config
     assert again.state_dict().keys() == model.state_dict().keys()
-    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(again.parameters(), model.parameters(), strict=True)
+    )
     images, noise = torch.randn(2, 1, 8, 4), torch.rand(2, 8)
-    assert torch.equal(again(images, 0.5, noise).logits, model(images, 0.5, noise).logits)
-    assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == [CONFIG_FILE, WEIGHTS_FILE]
+    assert torch.equal(
+        again(images, 0.5, noise).logits, model(images, 0.5, noise).logits
+    )
+    assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == [
+        CONFIG_FILE,
+        WEIGHTS_FILE,
+    ]
 
 
 def test_the_fixed_positions_are_not_saved(tmp_path):
     build().save_pretrained(tmp_path)
-    assert not any("positions" in name for name in load_weights(tmp_path / WEIGHTS_FILE))
+    assert not any(
+        "positions" in name for name in load_weights(tmp_path / WEIGHTS_FILE)
+    )
 
 
 def test_files_have_the_permissions_of_any_new_file(tmp_path):
     (tmp_path / "plain").write_text("")
     build().save_pretrained(tmp_path)
-    modes = {stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("plain", CONFIG_FILE, WEIGHTS_FILE)}
+    modes = {
+        stat.S_IMODE((tmp_path / name).stat().st_mode)
+        for name in ("plain", CONFIG_FILE, WEIGHTS_FILE)
+    }
     assert len(modes) == 1
 
 
@@ -132,14 +157,22 @@ def test_what_is_neither_directory_nor_hub_name_is_named(name):
         (None, FileNotFoundError, r"holds no config\.json"),
         ("{", ValueError, "not valid JSON"),
         ("[1]", ValueError, "must hold a JSON object"),
-        ('{"model_type": "vit_mae", "hidden_size": 768}', ValueError, "'vit_mae', accepted: 'crate-mae'"),
+        (
+            '{"model_type": "vit_mae", "hidden_size": 768}',
+            ValueError,
+            "'vit_mae', accepted: 'crate-mae'",
+        ),
         ('{"hidden_size": 768}', ValueError, "None, accepted: 'crate-mae'"),
         (
             '{"model_type": "crate-mae", "hidden_size": 768}',
             ValueError,
             r"unknown configuration fields \['hidden_size'\]",
         ),
-        ('{"model_type": "crate-mae", "dim": "wide"}', ValueError, "dim must be a positive integer, got 'wide'"),
+        (
+            '{"model_type": "crate-mae", "dim": "wide"}',
+            ValueError,
+            "dim must be a positive integer, got 'wide'",
+        ),
     ],
 )
 def test_directories_of_something_else_are_refused(tmp_path, content, error, message):
@@ -154,10 +187,14 @@ def test_missing_and_damaged_weights_are_named(tmp_path):
     build().save_pretrained(tmp_path)
     whole = (tmp_path / WEIGHTS_FILE).read_bytes()
     (tmp_path / WEIGHTS_FILE).write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r"model\.safetensors is not a readable safetensors file"):
+    with pytest.raises(
+        ValueError, match=r"model\.safetensors is not a readable safetensors file"
+    ):
         CrateMAE.from_pretrained(tmp_path)
     (tmp_path / WEIGHTS_FILE).unlink()
-    with pytest.raises(FileNotFoundError, match=r"no weights file at .*model\.safetensors"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no weights file at .*model\.safetensors"
+    ):
         CrateMAE.from_pretrained(tmp_path)
 
 
@@ -174,5 +211,9 @@ def test_weights_of_another_size_are_refused_and_nothing_is_loaded(tmp_path):
     model = build(seed=5)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(ValueError, match="1 unexpected, such as extra"):
-        model.load_weights({**build(seed=6).state_dict(), "extra": torch.zeros(1)}, source="a test")
-    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+        model.load_weights(
+            {**build(seed=6).state_dict(), "extra": torch.zeros(1)}, source="a test"
+        )
+    assert all(
+        torch.equal(before[name], value) for name, value in model.state_dict().items()
+    )

@@ -1,7 +1,9 @@
-"""Parity with a plain transcription of the published CRATE-MAE, and the conversion of its checkpoints.
+"""Parity with a plain transcription of the published CRATE-MAE, and the conversion of
+its checkpoints.
 
-The transcription below follows the equations token by token, in loops, on a dictionary of tensors with the keys of the
-authors' checkpoints.  It shares no code with the package.
+The transcription below follows the equations token by token, in loops, on a dictionary
+of tensors with the keys of the authors' checkpoints.  It shares no code with the
+package.
 """
 
 import argparse
@@ -21,7 +23,12 @@ from crate_core.model.crate import CrateMAE
 from crate_core.model.files import REFERENCE_UNUSED, convert_reference, load_weights
 
 ETA, LAMBDA = 0.1, 0.5
-PUBLISHED = {"tiny": (384, 12), "small": (576, 12), "base": (768, 12), "large": (1024, 24)}
+PUBLISHED = {
+    "tiny": (384, 12),
+    "small": (576, 12),
+    "base": (768, 12),
+    "large": (1024, 24),
+}
 
 
 # ------------------------------------------------------------------------------------------------ the transcription
@@ -44,11 +51,17 @@ def reference_shapes(dim, depth, patch_size, channels, side):
     }
     for name in ("norm", "decoder_norm"):
         shapes |= {f"{name}.weight": (dim,), f"{name}.bias": (dim,)}
-    for side_name, (attention, dictionary) in {"blocks": ("0.0", "0.1"), "decoder_blocks": ("0.1", "0.0")}.items():
+    for side_name, (attention, dictionary) in {
+        "blocks": ("0.0", "0.1"),
+        "decoder_blocks": ("0.1", "0.0"),
+    }.items():
         for layer in range(depth):
             at = f"{side_name}.{layer}.layers."
             for part in (attention, dictionary):
-                shapes |= {f"{at}{part}.norm.weight": (dim,), f"{at}{part}.norm.bias": (dim,)}
+                shapes |= {
+                    f"{at}{part}.norm.weight": (dim,),
+                    f"{at}{part}.norm.bias": (dim,),
+                }
             shapes |= {
                 f"{at}{attention}.fn.qkv.weight": (dim, dim),
                 f"{at}{attention}.fn.to_out.0.weight": (dim, dim),
@@ -92,7 +105,9 @@ def random_checkpoint(seed=0, dim=24, depth=2, patch_size=2, channels=3, side=3)
 def layer_norm(x, state, name, eps):
     mean = x.sum(-1, keepdim=True) / x.shape[-1]
     variance = ((x - mean) ** 2).sum(-1, keepdim=True) / x.shape[-1]
-    return (x - mean) / torch.sqrt(variance + eps) * state[f"{name}.weight"] + state[f"{name}.bias"]
+    return (x - mean) / torch.sqrt(variance + eps) * state[f"{name}.weight"] + state[
+        f"{name}.bias"
+    ]
 
 
 def subspace_attention(tokens, state, name, heads, record):
@@ -104,7 +119,9 @@ def subspace_attention(tokens, state, name, heads, record):
         v = projected[:, k * p : (k + 1) * p]
         rows, row_weights = [], []
         for i in range(len(tokens)):
-            scores = torch.stack([(v[i] * v[j]).sum() for j in range(len(tokens))]) / math.sqrt(p)
+            scores = torch.stack(
+                [(v[i] * v[j]).sum() for j in range(len(tokens))]
+            ) / math.sqrt(p)
             weight = torch.exp(scores - scores.max())
             weight = weight / weight.sum()
             rows.append(sum(weight[j] * v[j] for j in range(len(tokens))))
@@ -112,30 +129,56 @@ def subspace_attention(tokens, state, name, heads, record):
         columns.append(torch.stack(rows))
         weights.append(torch.stack(row_weights))
     record.append(torch.stack(weights))
-    return torch.cat(columns, dim=1) @ state[f"{name}.to_out.0.weight"].T + state[f"{name}.to_out.0.bias"]
+    return (
+        torch.cat(columns, dim=1) @ state[f"{name}.to_out.0.weight"].T
+        + state[f"{name}.to_out.0.bias"]
+    )
 
 
 def transcription(state, images, noise, mask_ratio, heads, normalize=False):
-    """Loss, predictions (B, L, P*P*C), mask (B, L), encoder tokens after each layer, encoder attention weights."""
+    """Loss, predictions (B, L, P*P*C), mask (B, L), encoder tokens after each layer,
+    encoder attention weights.
+    """
     kernel = state["patch_embed.proj.weight"]
     dim, channels, size, _ = kernel.shape
     side = images.shape[-1] // size
-    depth = sum(name.startswith("blocks.") and name.endswith("qkv.weight") for name in state)
+    depth = sum(
+        name.startswith("blocks.") and name.endswith("qkv.weight") for name in state
+    )
     length = side * side
     kept = int(length * (1 - mask_ratio))
     predictions, masks, hidden, attention = [], [], [], []
     total, count = 0.0, 0
     for image, numbers in zip(images, noise, strict=True):
-        removed = set(sorted(range(length), key=lambda i, numbers=numbers: float(numbers[i]))[kept:])
+        removed = set(
+            sorted(range(length), key=lambda i, numbers=numbers: float(numbers[i]))[
+                kept:
+            ]
+        )
         tokens, pixels = [state["cls_token"][0, 0]], []
         for row in range(side):
             for column in range(side):
-                block = image[:, row * size : (row + 1) * size, column * size : (column + 1) * size]
+                block = image[
+                    :,
+                    row * size : (row + 1) * size,
+                    column * size : (column + 1) * size,
+                ]
                 embedded = torch.stack([(kernel[m] * block).sum() for m in range(dim)])
                 embedded = embedded + state["patch_embed.proj.bias"]
-                tokens.append(state["mask_token"][0, 0] if row * side + column in removed else embedded)
+                tokens.append(
+                    state["mask_token"][0, 0]
+                    if row * side + column in removed
+                    else embedded
+                )
                 pixels.append(
-                    torch.stack([block[c, i, j] for i in range(size) for j in range(size) for c in range(channels)])
+                    torch.stack(
+                        [
+                            block[c, i, j]
+                            for i in range(size)
+                            for j in range(size)
+                            for c in range(channels)
+                        ]
+                    )
                 )
         x = torch.stack(tokens) + state["decoder_pos_embed"][0]
         states, weights = [x], []
@@ -157,7 +200,11 @@ def transcription(state, images, noise, mask_ratio, heads, normalize=False):
             normed = layer_norm(y, state, f"{at}0.0.norm", 1e-5)
             v = torch.stack([state[f"{at}0.0.fn.weight"] @ token for token in normed])
             y = v - subspace_attention(
-                layer_norm(v, state, f"{at}0.1.norm", 1e-5), state, f"{at}0.1.fn", heads, record=[]
+                layer_norm(v, state, f"{at}0.1.norm", 1e-5),
+                state,
+                f"{at}0.1.fn",
+                heads,
+                record=[],
             )
         y = layer_norm(y, state, "decoder_norm", 1e-6)
         predicted = y[1:] @ state["decoder_pred.weight"].T + state["decoder_pred.bias"]
@@ -165,14 +212,22 @@ def transcription(state, images, noise, mask_ratio, heads, normalize=False):
             target = pixels[i]
             if normalize:
                 mean = target.mean()
-                target = (target - mean) / torch.sqrt(((target - mean) ** 2).sum() / (len(target) - 1) + 1e-6)
+                target = (target - mean) / torch.sqrt(
+                    ((target - mean) ** 2).sum() / (len(target) - 1) + 1e-6
+                )
             total = total + ((predicted[i] - target) ** 2).mean()
             count += 1
         predictions.append(predicted)
         masks.append([float(i in removed) for i in range(length)])
         hidden.append(torch.stack(states))
         attention.append(torch.stack(weights))
-    return total / count, torch.stack(predictions), torch.tensor(masks), torch.stack(hidden), torch.stack(attention)
+    return (
+        total / count,
+        torch.stack(predictions),
+        torch.tensor(masks),
+        torch.stack(hidden),
+        torch.stack(attention),
+    )
 
 
 def relative(a, b):
@@ -199,19 +254,30 @@ def inputs(seed=1, batch=2, channels=3, pixels=6, length=9, dtype=torch.float32)
     ids=["colour", "grey", "two-channel"],
 )
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)], ids=["float32", "float64"]
+    ("dtype", "tolerance"),
+    [(torch.float32, 1e-5), (torch.float64, 1e-12)],
+    ids=["float32", "float64"],
 )
-def test_parity_with_the_transcription(shape, heads, ratio, normalize, dtype, tolerance):
+def test_parity_with_the_transcription(
+    shape, heads, ratio, normalize, dtype, tolerance
+):
     sizes = {"dim": 24, "depth": 2, "patch_size": 2, "channels": 3, "side": 3} | shape
     state = random_checkpoint(**sizes)
     images, noise = inputs(
-        channels=sizes["channels"], pixels=sizes["side"] * sizes["patch_size"], length=sizes["side"] ** 2, dtype=dtype
+        channels=sizes["channels"],
+        pixels=sizes["side"] * sizes["patch_size"],
+        length=sizes["side"] ** 2,
+        dtype=dtype,
     )
-    model = CrateMAE.from_reference(state, heads=heads, normalize_targets=normalize).to(dtype)
+    model = CrateMAE.from_reference(state, heads=heads, normalize_targets=normalize).to(
+        dtype
+    )
     out = model(images, ratio, noise, output_hidden_states=True, output_attentions=True)
     reference = {name: value.to(dtype) for name, value in state.items()}
     with torch.no_grad():
-        loss, logits, mask, hidden, attention = transcription(reference, images, noise, ratio, heads, normalize)
+        loss, logits, mask, hidden, attention = transcription(
+            reference, images, noise, ratio, heads, normalize
+        )
     assert torch.equal(out.mask, mask.to(dtype))
     assert relative(out.loss, loss) < tolerance
     assert relative(out.logits, logits) < tolerance
@@ -223,18 +289,31 @@ def test_parity_with_the_transcription(shape, heads, ratio, normalize, dtype, to
 def test_gradients_equal_those_of_the_transcription(normalize):
     state = random_checkpoint()
     images, noise = inputs(dtype=torch.float64)
-    model = CrateMAE.from_reference(state, heads=3, normalize_targets=normalize).double()
+    model = CrateMAE.from_reference(
+        state, heads=3, normalize_targets=normalize
+    ).double()
     model(images, 0.6, noise).loss.backward()
     leaves = {name: value.double().requires_grad_() for name, value in state.items()}
     transcription(leaves, images, noise, 0.6, 3, normalize)[0].backward()
     # The map of the weights is linear and maps their gradients too.
-    given = {name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for name, leaf in leaves.items()}
+    given = {
+        name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+        for name, leaf in leaves.items()
+    }
     _, gradients = convert_reference(given, heads=3)
     assert gradients.keys() == dict(model.named_parameters()).keys()
     for name, parameter in model.named_parameters():
         assert relative(parameter.grad, gradients[name]) < 1e-9, name
-    used = {name for name, leaf in leaves.items() if leaf.grad is not None and leaf.grad.abs().max() > 0}
-    assert leaves.keys() - used == {"pos_embed", "decoder_embed.weight", "decoder_embed.bias"}
+    used = {
+        name
+        for name, leaf in leaves.items()
+        if leaf.grad is not None and leaf.grad.abs().max() > 0
+    }
+    assert leaves.keys() - used == {
+        "pos_embed",
+        "decoder_embed.weight",
+        "decoder_embed.bias",
+    }
 
 
 # ------------------------------------------------------------------------------------------------ published sizes
@@ -249,12 +328,15 @@ def test_the_key_map_is_one_to_one_at_published_sizes(name):
     assert CrateMAEConfig(**sizes) == CrateMAEConfig.preset(name)
     with torch.device("meta"):
         own = CrateMAE.from_preset(name).state_dict()
-    assert {key: value.shape for key, value in weights.items()} == {key: value.shape for key, value in own.items()}
+    assert {key: value.shape for key, value in weights.items()} == {
+        key: value.shape for key, value in own.items()
+    }
     assert len(weights) == len(state) - len(REFERENCE_UNUSED)
 
 
 @pytest.mark.parametrize(
-    ("name", "published_millions", "ours"), [("small", "25.4", 24_846_528), ("base", "44.6", 43_745_280)]
+    ("name", "published_millions", "ours"),
+    [("small", "25.4", 24_846_528), ("base", "44.6", 43_745_280)],
 )
 def test_the_sum_that_leads_to_the_published_counts(name, published_millions, ours):
     dim, depth = PUBLISHED[name]
@@ -278,7 +360,11 @@ def test_checkpoint_files_load_however_they_are_wrapped(tmp_path, wrapped):
     content = {
         "plain": state,
         # What MAE's training script writes beside the weights.
-        "model": {"model": state, "epoch": 799, "args": argparse.Namespace(lr=1e-3, model="mae_crate_base")},
+        "model": {
+            "model": state,
+            "epoch": 799,
+            "args": argparse.Namespace(lr=1e-3, model="mae_crate_base"),
+        },
         "state_dict": {"state_dict": state},
         "module.": {f"module.{name}": value for name, value in state.items()},
     }[wrapped]
@@ -286,13 +372,19 @@ def test_checkpoint_files_load_however_they_are_wrapped(tmp_path, wrapped):
     images, noise = inputs()
     expected = CrateMAE.from_reference(state, heads=3)(images, 0.5, noise).logits
     assert torch.equal(
-        CrateMAE.from_reference(tmp_path / "checkpoint.pth", heads=3)(images, 0.5, noise).logits, expected
+        CrateMAE.from_reference(tmp_path / "checkpoint.pth", heads=3)(
+            images, 0.5, noise
+        ).logits,
+        expected,
     )
 
 
 def test_safetensors_files_load(tmp_path):
     state = random_checkpoint()
-    save_file({name: value.clone() for name, value in state.items()}, tmp_path / "checkpoint.safetensors")
+    save_file(
+        {name: value.clone() for name, value in state.items()},
+        tmp_path / "checkpoint.safetensors",
+    )
     model = CrateMAE.from_reference(str(tmp_path / "checkpoint.safetensors"), heads=3)
     assert torch.equal(model.class_token.detach(), state["cls_token"])
 
@@ -317,7 +409,9 @@ def test_a_pickle_that_would_execute_code_is_refused_unexecuted(tmp_path, writer
         torch.save(content, path)
     else:
         path.write_bytes(pickle.dumps(content, protocol=2))
-    with pytest.raises(ValueError, match=r"checkpoint\.pth was refused.*GLOBAL") as caught:
+    with pytest.raises(
+        ValueError, match=r"checkpoint\.pth was refused.*GLOBAL"
+    ) as caught:
         CrateMAE.from_reference(path)
     assert not trace.exists()
     # Torch's own message says how to execute the file all the same.
@@ -332,7 +426,11 @@ def checkpoint_bytes(tmp_path_factory):
 
 
 @pytest.mark.bad_input
-@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    deadline=None,
+    max_examples=150,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(st.binary(max_size=60))
 @example(b"")
 @example(b"not a checkpoint")
@@ -372,7 +470,10 @@ def vit_mae_checkpoint():
 
 @pytest.mark.bad_input
 def test_other_architectures_are_refused():
-    with pytest.raises(ValueError, match=r"not an authors' CRATE-MAE checkpoint.*blocks\.0\.attn\.qkv\.weight"):
+    with pytest.raises(
+        ValueError,
+        match=r"not an authors' CRATE-MAE checkpoint.*blocks\.0\.attn\.qkv\.weight",
+    ):
         CrateMAE.from_reference(vit_mae_checkpoint(), heads=3)
 
 
@@ -382,10 +483,19 @@ def test_other_architectures_are_refused():
     [
         (lambda s: s.pop("cls_token"), "missing.*cls_token"),
         (lambda s: s.pop("patch_embed.proj.weight"), "missing.*patch_embed"),
-        (lambda s: s.pop("blocks.1.layers.0.1.fn.weight"), "missing.*encoder.1.sparsify.weight"),
+        (
+            lambda s: s.pop("blocks.1.layers.0.1.fn.weight"),
+            "missing.*encoder.1.sparsify.weight",
+        ),
         (lambda s: s.update(head=torch.zeros(3)), "unexpected.*head"),
-        (lambda s: s.update({"blocks.0.layers.0.1.fn.weight": torch.zeros(24, 23)}), "another shape"),
-        (lambda s: s.update(decoder_pos_embed=s["decoder_pos_embed"] + 0.1), "position table"),
+        (
+            lambda s: s.update({"blocks.0.layers.0.1.fn.weight": torch.zeros(24, 23)}),
+            "another shape",
+        ),
+        (
+            lambda s: s.update(decoder_pos_embed=s["decoder_pos_embed"] + 0.1),
+            "position table",
+        ),
         (lambda s: s.update(epoch=3), "not a state dict of tensors.*epoch"),
         (lambda s: s.clear(), "no state dict"),
     ],

@@ -1,4 +1,6 @@
-"""The nonnegative lasso and its steps: proximal map, descent, rates with known minimisers, the fused form."""
+"""The nonnegative lasso and its steps: proximal map, descent, rates with known
+minimisers, the fused form.
+"""
 
 import math
 
@@ -8,7 +10,13 @@ import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from crate_core.model.sparsify import ISTA, ista, ista_matrix, lasso_objective, proximal_step
+from crate_core.model.sparsify import (
+    ISTA,
+    ista,
+    ista_matrix,
+    lasso_objective,
+    proximal_step,
+)
 
 SETTINGS = settings(max_examples=40, deadline=None)
 seeds = st.integers(0, 2**31 - 1)
@@ -26,7 +34,12 @@ def normal(*shape, g):
 def problem(dim, atoms, seed, n=3):
     """Dictionary, tokens and feasible codes."""
     g = generator(seed)
-    return normal(dim, atoms, g=g), normal(n, dim, g=g), F.relu(normal(n, atoms, g=g)), g
+    return (
+        normal(dim, atoms, g=g),
+        normal(n, dim, g=g),
+        F.relu(normal(n, atoms, g=g)),
+        g,
+    )
 
 
 def lipschitz(dictionary):
@@ -34,14 +47,22 @@ def lipschitz(dictionary):
 
 
 def known_minimiser(dim, atoms, active, lambd, seed):
-    """A token, a dictionary and its exact code: atoms are bent until the optimality conditions hold."""
+    """A token, a dictionary and its exact code: atoms are bent until the optimality
+    conditions hold.
+    """
     g = generator(seed)
     support = torch.arange(atoms) < active
-    code = torch.where(support, 0.5 + torch.rand(atoms, generator=g, dtype=torch.float64), 0.0)
+    code = torch.where(
+        support, 0.5 + torch.rand(atoms, generator=g, dtype=torch.float64), 0.0
+    )
     dictionary, residual = normal(dim, atoms, g=g), normal(dim, g=g)
     off = 1.8 * torch.rand(atoms, generator=g, dtype=torch.float64) - 0.9
     target = lambd * torch.where(support, 1.0, off)
-    dictionary = dictionary + torch.outer(residual, target - dictionary.mT @ residual) / residual.square().sum()
+    dictionary = (
+        dictionary
+        + torch.outer(residual, target - dictionary.mT @ residual)
+        / residual.square().sum()
+    )
     return (dictionary @ code + residual)[None], dictionary, code[None]
 
 
@@ -50,7 +71,10 @@ def step_by_loops(codes, z, dictionary, eta, lambd):
     for t in range(len(codes)):
         residual = z[t] - dictionary @ codes[t]
         for j in range(dictionary.shape[1]):
-            result[t, j] = max(float(codes[t, j] + eta * dictionary[:, j] @ residual - eta * lambd), 0.0)
+            result[t, j] = max(
+                float(codes[t, j] + eta * dictionary[:, j] @ residual - eta * lambd),
+                0.0,
+            )
     return result
 
 
@@ -60,25 +84,39 @@ def test_step_is_the_loop_and_minimises_its_model(dim, atoms, seed, eta, lambd):
     dictionary, z, _, g = problem(dim, atoms, seed)
     codes = normal(3, atoms, g=g)  # infeasible as a rule
     new = proximal_step(codes, z, dictionary, eta, lambd)
-    torch.testing.assert_close(new, step_by_loops(codes, z, dictionary, eta, lambd), rtol=1e-10, atol=1e-11)
+    torch.testing.assert_close(
+        new, step_by_loops(codes, z, dictionary, eta, lambd), rtol=1e-10, atol=1e-11
+    )
     gradient = -(z - codes @ dictionary.mT) @ dictionary
 
     def model(u):
-        return (gradient * (u - codes)).sum() + (u - codes).square().sum() / (2 * eta) + lambd * u.sum()
+        return (
+            (gradient * (u - codes)).sum()
+            + (u - codes).square().sum() / (2 * eta)
+            + lambd * u.sum()
+        )
 
     for _ in range(5):
-        assert float(model(new)) <= float(model(F.relu(new + 0.1 * normal(*new.shape, g=g)))) + 1e-9
+        assert (
+            float(model(new))
+            <= float(model(F.relu(new + 0.1 * normal(*new.shape, g=g)))) + 1e-9
+        )
 
 
 @SETTINGS
 @given(dim=dims, atoms=dims, seed=seeds, lambd=st.floats(0, 2))
-def test_objective_is_its_formula_and_infinite_off_the_feasible_set(dim, atoms, seed, lambd):
+def test_objective_is_its_formula_and_infinite_off_the_feasible_set(
+    dim, atoms, seed, lambd
+):
     dictionary, z, codes, _ = problem(dim, atoms, seed)
     expected = sum(
-        0.5 * float((z[t] - dictionary @ codes[t]).square().sum()) + lambd * float(codes[t].abs().sum())
+        0.5 * float((z[t] - dictionary @ codes[t]).square().sum())
+        + lambd * float(codes[t].abs().sum())
         for t in range(3)
     )
-    assert float(lasso_objective(codes, z, dictionary, lambd)) == pytest.approx(expected, rel=1e-11)
+    assert float(lasso_objective(codes, z, dictionary, lambd)) == pytest.approx(
+        expected, rel=1e-11
+    )
     codes[1, 0] = -1e-9
     assert float(lasso_objective(codes, z, dictionary, lambd)) == math.inf
     pair = torch.stack([codes, codes.abs()])
@@ -88,15 +126,25 @@ def test_objective_is_its_formula_and_infinite_off_the_feasible_set(dim, atoms, 
 
 
 @SETTINGS
-@given(dim=dims, atoms=dims, seed=seeds, share=st.floats(0.01, 1.999), lambd=st.floats(0, 1))
-def test_descent_from_feasible_codes_up_to_two_over_the_lipschitz_constant(dim, atoms, seed, share, lambd):
+@given(
+    dim=dims,
+    atoms=dims,
+    seed=seeds,
+    share=st.floats(0.01, 1.999),
+    lambd=st.floats(0, 1),
+)
+def test_descent_from_feasible_codes_up_to_two_over_the_lipschitz_constant(
+    dim, atoms, seed, share, lambd
+):
     dictionary, z, codes, _ = problem(dim, atoms, seed)
     constant = lipschitz(dictionary)
     assume(constant > 1e-6)
     eta = share / constant
     for _ in range(5):
         new = proximal_step(codes, z, dictionary, eta, lambd)
-        before, after = (float(lasso_objective(c, z, dictionary, lambd)) for c in (codes, new))
+        before, after = (
+            float(lasso_objective(c, z, dictionary, lambd)) for c in (codes, new)
+        )
         promised = (1 / eta - constant / 2) * float((new - codes).square().sum())
         assert after <= before - promised + 1e-11 * (1 + before)
         codes = new
@@ -104,13 +152,15 @@ def test_descent_from_feasible_codes_up_to_two_over_the_lipschitz_constant(dim, 
 
 def test_descent_fails_beyond_two_over_the_lipschitz_constant():
     one, start = torch.ones(1, 1), torch.tensor([[1.2]])
-    assert lasso_objective(proximal_step(start, one, one, 2.5, 0.0), one, one, 0.0) > lasso_objective(
-        start, one, one, 0.0
-    )
+    assert lasso_objective(
+        proximal_step(start, one, one, 2.5, 0.0), one, one, 0.0
+    ) > lasso_objective(start, one, one, 0.0)
 
 
 @SETTINGS
-@given(dim=dims, atoms=dims, seed=seeds, share=st.floats(0.05, 1), lambd=st.floats(0, 1))
+@given(
+    dim=dims, atoms=dims, seed=seeds, share=st.floats(0.05, 1), lambd=st.floats(0, 1)
+)
 def test_three_point_inequality_from_any_start(dim, atoms, seed, share, lambd):
     dictionary, z, feasible, g = problem(dim, atoms, seed)
     assume(lipschitz(dictionary) > 1e-6)
@@ -120,35 +170,54 @@ def test_three_point_inequality_from_any_start(dim, atoms, seed, share, lambd):
     right = float(lasso_objective(feasible, z, dictionary, lambd)) + float(
         (feasible - start).square().sum() - (feasible - new).square().sum()
     ) / (2 * eta)
-    assert float(lasso_objective(new, z, dictionary, lambd)) <= right + 1e-9 * (1 + abs(right))
+    assert float(lasso_objective(new, z, dictionary, lambd)) <= right + 1e-9 * (
+        1 + abs(right)
+    )
 
 
-@pytest.mark.parametrize(("dim", "atoms", "active"), [(12, 6, 3), (8, 8, 2), (8, 8, 8), (8, 20, 3)])
+@pytest.mark.parametrize(
+    ("dim", "atoms", "active"), [(12, 6, 3), (8, 8, 2), (8, 8, 8), (8, 20, 3)]
+)
 def test_rates_against_a_known_minimiser(dim, atoms, active):
     z, dictionary, best = known_minimiser(dim, atoms, active, 0.3, dim + atoms + active)
     eta = 1 / lipschitz(dictionary)
     least = float(torch.linalg.svdvals(dictionary)[-1]) ** 2 if atoms <= dim else 0.0
     optimum = float(lasso_objective(best, z, dictionary, 0.3))
-    torch.testing.assert_close(proximal_step(best, z, dictionary, eta, 0.3), best, rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        proximal_step(best, z, dictionary, eta, 0.3), best, rtol=0, atol=1e-12
+    )
     codes = -torch.ones_like(best)  # an infeasible start: the rate holds from anywhere
     start = codes
     for k in range(1, 300):
         codes = proximal_step(codes, z, dictionary, eta, 0.3)
         gap = float(lasso_objective(codes, z, dictionary, 0.3)) - optimum
-        assert -1e-9 <= gap <= float((start - best).square().sum()) / (2 * eta * k) + 1e-9
-        assert float((codes - best).norm()) <= (1 - eta * least) ** k * float((start - best).norm()) + 1e-9
+        assert (
+            -1e-9 <= gap <= float((start - best).square().sum()) / (2 * eta * k) + 1e-9
+        )
+        assert (
+            float((codes - best).norm())
+            <= (1 - eta * least) ** k * float((start - best).norm()) + 1e-9
+        )
 
 
 @SETTINGS
 @given(dim=dims, seed=seeds, eta=st.floats(0.001, 1), lambd=st.floats(0, 2))
-def test_orthonormal_dictionary_step_from_the_token_beats_its_relu(dim, seed, eta, lambd):
+def test_orthonormal_dictionary_step_from_the_token_beats_its_relu(
+    dim, seed, eta, lambd
+):
     g = generator(seed)
     dictionary, z = torch.linalg.qr(normal(dim, dim, g=g)).Q, normal(1, dim, g=g)
-    after = float(lasso_objective(ista(z, dictionary, eta, lambd), z, dictionary, lambd))
+    after = float(
+        lasso_objective(ista(z, dictionary, eta, lambd), z, dictionary, lambd)
+    )
     assert after <= float(lasso_objective(F.relu(z), z, dictionary, lambd)) + 1e-12
     one_step = ista(z, dictionary, 1.0, lambd)
-    torch.testing.assert_close(one_step, F.relu(z @ dictionary - lambd), rtol=0, atol=1e-12)
-    torch.testing.assert_close(proximal_step(one_step, z, dictionary, 0.5, lambd), one_step, rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        one_step, F.relu(z @ dictionary - lambd), rtol=0, atol=1e-12
+    )
+    torch.testing.assert_close(
+        proximal_step(one_step, z, dictionary, 0.5, lambd), one_step, rtol=0, atol=1e-12
+    )
 
 
 def test_the_counterexample():
@@ -167,11 +236,15 @@ def test_the_counterexample():
     dim=dims, n=st.integers(1, 6), batch=st.sampled_from([(), (2,), (2, 3)]), seed=seeds, eta=st.floats(0.01, 1),
     lambd=st.floats(0, 2),
 )  # fmt: skip
-def test_fused_step_is_the_proximal_step_from_the_tokens(dim, n, batch, seed, eta, lambd):
+def test_fused_step_is_the_proximal_step_from_the_tokens(
+    dim, n, batch, seed, eta, lambd
+):
     g = generator(seed)
     dictionary, z = normal(dim, dim, g=g), normal(*batch, n, dim, g=g)
     expected = proximal_step(z, z, dictionary, eta, lambd)
-    torch.testing.assert_close(ista(z, dictionary, eta, lambd), expected, rtol=1e-10, atol=1e-11)
+    torch.testing.assert_close(
+        ista(z, dictionary, eta, lambd), expected, rtol=1e-10, atol=1e-11
+    )
     low = ista(z.float(), dictionary.float(), eta, lambd)
     assert low.dtype == torch.float32
     size = (1 + eta * (1 + lipschitz(dictionary))) * float(z.abs().max()) * dim
@@ -206,7 +279,9 @@ def test_doubled_dictionary_solves_the_signed_lasso():
     )
     for _ in range(4000):
         split = proximal_step(split, z, doubled, eta / 2, 0.4)
-        signed = F.softshrink(signed + eta * (z - signed @ dictionary.mT) @ dictionary, 0.4 * eta)
+        signed = F.softshrink(
+            signed + eta * (z - signed @ dictionary.mT) @ dictionary, 0.4 * eta
+        )
     torch.testing.assert_close(split[:, :6] - split[:, 6:], signed, rtol=0, atol=1e-8)
 
 
@@ -228,7 +303,10 @@ def test_initial_weights_leave_the_published_step_just_inside_the_range():
         assert 0.1 < 1 / constant < 0.14
 
 
-@pytest.mark.parametrize(("eta", "lambd"), [(0.0, 0.1), (-0.1, 0.1), (math.nan, 0.1), (0.1, -1.0), (0.1, math.nan)])
+@pytest.mark.parametrize(
+    ("eta", "lambd"),
+    [(0.0, 0.1), (-0.1, 0.1), (math.nan, 0.1), (0.1, -1.0), (0.1, math.nan)],
+)
 def test_step_size_and_penalty_are_checked(eta, lambd):
     z, dictionary = torch.zeros(2, 3), torch.eye(3)
     for call in (

@@ -1,11 +1,19 @@
-"""The fields of CrateMAEConfig that change one thing: values, norm, dictionary, decoder depth; and short attention."""
+"""The fields of CrateMAEConfig that change one thing: values, norm, dictionary, decoder
+depth; and short attention.
+"""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crate_core.model.attention import MSSA, SHORT_ATTENTION, ShortSharedAttention, attend, attention_weights
+from crate_core.model.attention import (
+    MSSA,
+    SHORT_ATTENTION,
+    ShortSharedAttention,
+    attend,
+    attention_weights,
+)
 from crate_core.model.config import CrateMAEConfig, ViTMAEConfig, config_from_dict
 from crate_core.model.crate import CrateMAE
 from crate_core.model.sparsify import OvercompleteISTA, proximal_step
@@ -26,7 +34,9 @@ def build(**changes) -> CrateMAE:
 
 
 def draw(*shape: int, seed: int = 1) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(
+        *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
 
 
 def count(model: torch.nn.Module) -> int:
@@ -36,11 +46,20 @@ def count(model: torch.nn.Module) -> int:
 @pytest.mark.parametrize("changes", CHANGES, ids=str)
 def test_each_change_trains_every_parameter_and_survives_saving(changes, tmp_path):
     model = build(**changes)
-    images, noise = draw(3, 3, 8, 8), torch.rand(3, 16, generator=torch.Generator().manual_seed(2)).double()
+    images, noise = (
+        draw(3, 3, 8, 8),
+        torch.rand(3, 16, generator=torch.Generator().manual_seed(2)).double(),
+    )
     out = model(images, 0.5, noise, output_attentions=True)
     out.loss.backward()
-    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0] == []
-    torch.testing.assert_close(out.attentions[0].sum(-1), torch.ones(3, 4, 17, dtype=torch.float64))
+    assert [
+        name
+        for name, p in model.named_parameters()
+        if p.grad is None or not p.grad.abs().max() > 0
+    ] == []
+    torch.testing.assert_close(
+        out.attentions[0].sum(-1), torch.ones(3, 4, 17, dtype=torch.float64)
+    )
     model.save_pretrained(tmp_path)
     again = CrateMAE.from_pretrained(tmp_path).double()
     assert again.config == model.config
@@ -49,9 +68,12 @@ def test_each_change_trains_every_parameter_and_survives_saving(changes, tmp_pat
 
 def test_parameter_counts_of_the_changes():
     d, plain = 16, count(build())
-    assert count(build(separate_values=True)) - plain == 4 * d * d  # one matrix for each of two plus two layers
-    assert count(build(expansion=3)) - plain == 2 * (2 * 3 * d * d - d * d)  # two wide dictionaries for a square one
-    assert plain - count(build(norm="rms")) == 8 * d  # a bias for each of two norms in four layers
+    # one matrix for each of two plus two layers
+    assert count(build(separate_values=True)) - plain == 4 * d * d
+    # two wide dictionaries for a square one
+    assert count(build(expansion=3)) - plain == 2 * (2 * 3 * d * d - d * d)
+    # a bias for each of two norms in four layers
+    assert plain - count(build(norm="rms")) == 8 * d
     assert plain - count(build(norm="none")) == 16 * d
     assert plain - count(build(decoder_depth=1)) == 3 * d * d + 5 * d
 
@@ -61,18 +83,32 @@ def test_values_of_their_own_are_what_is_averaged():
     attention = MSSA(16, 4, separate_values=True).double()
     z = draw(2, 5, 16)
     v = attention.head_coordinates(z)
-    expected = attention_weights(v, attention.scale) @ attention.split_heads(z @ attention.values.weight.mT)
-    torch.testing.assert_close(attention(z), attention.output(expected.transpose(-3, -2).flatten(-2)))
+    expected = attention_weights(v, attention.scale) @ attention.split_heads(
+        z @ attention.values.weight.mT
+    )
+    torch.testing.assert_close(
+        attention(z), attention.output(expected.transpose(-3, -2).flatten(-2))
+    )
     with torch.no_grad():
         attention.values.weight.copy_(attention.project.weight)
     shared = MSSA(16, 4).double()
-    shared.load_state_dict({k: w for k, w in attention.state_dict().items() if not k.startswith("values")})
+    shared.load_state_dict(
+        {k: w for k, w in attention.state_dict().items() if not k.startswith("values")}
+    )
     torch.testing.assert_close(attention(z), shared(z))
 
 
-@given(st.integers(1, 3), st.integers(1, 6), st.integers(1, 4), st.floats(0.01, 0.5), st.floats(0, 2))
+@given(
+    st.integers(1, 3),
+    st.integers(1, 6),
+    st.integers(1, 4),
+    st.floats(0.01, 0.5),
+    st.floats(0, 2),
+)
 @settings(max_examples=20)
-def test_wide_dictionary_takes_two_proximal_steps_from_zero(batch, tokens, wider, eta, lambd):
+def test_wide_dictionary_takes_two_proximal_steps_from_zero(
+    batch, tokens, wider, eta, lambd
+):
     torch.manual_seed(0)
     step = OvercompleteISTA(8, 8 * wider, eta, lambd).double()
     z = draw(batch, tokens, 8)
@@ -98,10 +134,15 @@ def test_wrong_changes_are_refused(changes, message):
 
 
 def test_configurations_tell_their_architecture():
-    crate, vit = CrateMAEConfig.preset("cifar10-tiny"), ViTMAEConfig.preset("cifar10-tiny")
+    crate, vit = (
+        CrateMAEConfig.preset("cifar10-tiny"),
+        ViTMAEConfig.preset("cifar10-tiny"),
+    )
     assert config_from_dict(crate.to_dict()) == crate
     assert config_from_dict(vit.to_dict()) == vit
-    with pytest.raises(ValueError, match="model of type 'vit-mae', accepted: 'crate-mae'"):
+    with pytest.raises(
+        ValueError, match="model of type 'vit-mae', accepted: 'crate-mae'"
+    ):
         CrateMAEConfig.from_dict(vit.to_dict())
     with pytest.raises(ValueError, match="'resnet', accepted: crate-mae, vit-mae"):
         config_from_dict({"model_type": "resnet"})
@@ -113,7 +154,9 @@ def test_short_attention_is_attention_with_its_gradient(heads, tokens, rank, sca
     v = draw(heads, tokens, rank).requires_grad_()
     expected = attention_weights(v, scale) @ v
     torch.testing.assert_close(ShortSharedAttention.apply(v, scale), expected)
-    assert torch.autograd.gradcheck(lambda x: ShortSharedAttention.apply(x, scale), (v,))
+    assert torch.autograd.gradcheck(
+        lambda x: ShortSharedAttention.apply(x, scale), (v,)
+    )
 
 
 def test_bfloat16_attention_on_a_cpu_takes_the_short_way_and_agrees():
@@ -125,5 +168,10 @@ def test_bfloat16_attention_on_a_cpu_takes_the_short_way_and_agrees():
     attend(exact, 32**-0.5).square().sum().backward()
     error = (v.grad.double() - exact.grad).norm() / exact.grad.norm()
     assert error < 0.02  # bfloat16 has eight bits
-    long = torch.zeros(1, 1, SHORT_ATTENTION + 1, 4, dtype=torch.bfloat16, requires_grad=True)
-    assert "ShortSharedAttention" not in type(attend(long, 1.0).grad_fn.next_functions[0][0]).__name__
+    long = torch.zeros(
+        1, 1, SHORT_ATTENTION + 1, 4, dtype=torch.bfloat16, requires_grad=True
+    )
+    assert (
+        "ShortSharedAttention"
+        not in type(attend(long, 1.0).grad_fn.next_functions[0][0]).__name__
+    )

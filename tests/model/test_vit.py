@@ -1,4 +1,6 @@
-"""The ViT-MAE baseline: sizes by formula, gradients, attention, visible tokens only, MAE's equations transcribed."""
+"""The ViT-MAE baseline: sizes by formula, gradients, attention, visible tokens only,
+MAE's equations transcribed.
+"""
 
 import math
 from pathlib import Path
@@ -16,7 +18,15 @@ from crate_core.model.patches import patchify
 from crate_core.model.vit import BLOCK_NORM_EPS, ViTBlock, ViTMAE
 
 TINY = ViTMAEConfig(
-    image_size=8, patch_size=2, channels=1, dim=16, depth=2, heads=2, decoder_dim=8, decoder_depth=1, decoder_heads=2
+    image_size=8,
+    patch_size=2,
+    channels=1,
+    dim=16,
+    depth=2,
+    heads=2,
+    decoder_dim=8,
+    decoder_depth=1,
+    decoder_heads=2,
 )
 
 
@@ -28,10 +38,23 @@ def parameters(config: ViTMAEConfig) -> int:
         attention = d * 3 * d + 3 * d + d * d + d
         return attention + d * hidden + hidden + hidden * d + d + 2 * 2 * d
 
-    d, e, pixels = config.dim, config.decoder_dim, config.patch_size**2 * config.channels
-    encoder = pixels * d + d + d + config.depth * block(d) + 2 * d  # patches, class token, blocks, norm
+    d, e, pixels = (
+        config.dim,
+        config.decoder_dim,
+        config.patch_size**2 * config.channels,
+    )
+    # patches, class token, blocks, norm
+    encoder = pixels * d + d + d + config.depth * block(d) + 2 * d
     mask_token = e if config.encode_visible_only else d
-    decoder = mask_token + d * e + e + config.decoder_depth * block(e) + 2 * e + e * pixels + pixels
+    decoder = (
+        mask_token
+        + d * e
+        + e
+        + config.decoder_depth * block(e)
+        + 2 * e
+        + e * pixels
+        + pixels
+    )
     return encoder + decoder
 
 
@@ -53,11 +76,17 @@ def test_published_sizes() -> None:
 
 @pytest.mark.parametrize(
     ("name", "crate", "share"),
-    [("base-matched", "base", 0.02), ("cifar10", "cifar10", 0.03), ("cifar10-tiny", "cifar10-tiny", 0.03)],
+    [
+        ("base-matched", "base", 0.02),
+        ("cifar10", "cifar10", 0.03),
+        ("cifar10-tiny", "cifar10-tiny", 0.03),
+    ],
 )
 def test_matched_sizes_match(name: str, crate: str, share: float) -> None:
     with torch.device("meta"):
-        theirs = sum(p.numel() for p in CrateMAE(CrateMAEConfig.preset(crate)).parameters())
+        theirs = sum(
+            p.numel() for p in CrateMAE(CrateMAEConfig.preset(crate)).parameters()
+        )
     assert parameters(ViTMAEConfig.preset(name)) == pytest.approx(theirs, rel=share)
     if crate == "base":
         assert theirs == 43_745_280
@@ -65,9 +94,15 @@ def test_matched_sizes_match(name: str, crate: str, share: float) -> None:
 
 @pytest.mark.parametrize("visible_only", [True, False])
 def test_every_parameter_gets_a_gradient(visible_only: bool) -> None:
-    model = ViTMAE(ViTMAEConfig.from_dict({**TINY.to_dict(), "encode_visible_only": visible_only}))
+    model = ViTMAE(
+        ViTMAEConfig.from_dict({**TINY.to_dict(), "encode_visible_only": visible_only})
+    )
     model(torch.randn(4, 1, 8, 8), 0.5).loss.backward()
-    without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    without = [
+        name
+        for name, p in model.named_parameters()
+        if p.grad is None or not p.grad.abs().sum() > 0
+    ]
     assert without == []
 
 
@@ -78,25 +113,37 @@ def test_attention_weights_are_those_of_the_block() -> None:
     assert weights.shape == (2, 3, 5, 5)
     torch.testing.assert_close(weights.sum(dim=-1), torch.ones(2, 3, 5))
     # The block computed from them, by hand.
-    values = block.attn.qkv(block.norm1(x)).reshape(2, 5, 3, 3, 4)[:, :, 2].transpose(1, 2)
+    values = (
+        block.attn.qkv(block.norm1(x)).reshape(2, 5, 3, 3, 4)[:, :, 2].transpose(1, 2)
+    )
     mixed = (weights @ values).transpose(1, 2).reshape(2, 5, 12)
     u = x + block.attn.proj(mixed)
-    torch.testing.assert_close(u + block.mlp(block.norm2(u)), block(x), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        u + block.mlp(block.norm2(u)), block(x), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_removed_pixels_are_not_seen() -> None:
     model = ViTMAE(TINY).eval()
     images, noise = torch.randn(3, 1, 8, 8), torch.rand(3, 16)
     out = model(images, 0.75, noise)
-    removed = out.mask.reshape(3, 1, 4, 4).repeat_interleave(2, 2).repeat_interleave(2, 3).bool()
+    removed = (
+        out.mask.reshape(3, 1, 4, 4)
+        .repeat_interleave(2, 2)
+        .repeat_interleave(2, 3)
+        .bool()
+    )
     other = torch.where(removed, torch.randn_like(images), images)
     assert torch.equal(model(other, 0.75, noise).logits, out.logits)
     seen = torch.where(removed, images, torch.randn_like(images))
     assert not torch.allclose(model(seen, 0.75, noise).logits, out.logits)
 
 
-def transcription(model: ViTMAE, images: Tensor, mask_ratio: float, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """He et al.'s forward pass for one picture at a time, in loops over plain tensors."""
+def transcription(
+    model: ViTMAE, images: Tensor, mask_ratio: float, noise: Tensor
+) -> tuple[Tensor, Tensor]:
+    """He et al.'s forward pass for one picture at a time, in loops over plain tensors.
+    """
     w, config = dict(model.named_parameters()), model.config
 
     def norm(x: Tensor, name: str, eps: float) -> Tensor:
@@ -108,14 +155,21 @@ def transcription(model: ViTMAE, images: Tensor, mask_ratio: float, noise: Tenso
         return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
 
     def block(x: Tensor, name: str, heads: int) -> Tensor:
-        q, k, v = linear(norm(x, f"{name}.norm1", BLOCK_NORM_EPS), f"{name}.attn.qkv").chunk(3, dim=-1)
+        q, k, v = linear(
+            norm(x, f"{name}.norm1", BLOCK_NORM_EPS), f"{name}.attn.qkv"
+        ).chunk(3, dim=-1)
         size = q.shape[-1] // heads
         out = []
         for h in range(heads):
             part = slice(h * size, (h + 1) * size)
-            out.append(torch.softmax(q[:, part] @ k[:, part].T / math.sqrt(size), dim=-1) @ v[:, part])
+            out.append(
+                torch.softmax(q[:, part] @ k[:, part].T / math.sqrt(size), dim=-1)
+                @ v[:, part]
+            )
         x = x + linear(torch.cat(out, dim=-1), f"{name}.attn.proj")
-        hidden = F.gelu(linear(norm(x, f"{name}.norm2", BLOCK_NORM_EPS), f"{name}.mlp.fc1"))
+        hidden = F.gelu(
+            linear(norm(x, f"{name}.norm2", BLOCK_NORM_EPS), f"{name}.mlp.fc1")
+        )
         return x + linear(hidden, f"{name}.mlp.fc2")
 
     logits, errors = [], []
@@ -144,9 +198,12 @@ def test_the_forward_pass_is_maes() -> None:
     model = ViTMAE(TINY).eval()
     images, noise = torch.randn(3, 1, 8, 8), torch.rand(3, 16)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():  # biases and norms that are not trivial
+        # biases and norms that are not trivial
+        for name, parameter in model.named_parameters():
             if parameter.ndim == 1:
-                parameter.add_(0.1 * torch.randn_like(parameter)).mul_(1.0 if "norm" in name else 1.5)
+                parameter.add_(0.1 * torch.randn_like(parameter)).mul_(
+                    1.0 if "norm" in name else 1.5
+                )
         out = model(images, 0.75, noise)
         logits, loss = transcription(model, images, 0.75, noise)
     torch.testing.assert_close(out.logits, logits, rtol=1e-4, atol=1e-5)
@@ -160,8 +217,12 @@ def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
     for loaded in (ViTMAE.from_pretrained(tmp_path), load_model(tmp_path)):
         assert isinstance(loaded, ViTMAE)
         assert loaded.config == TINY
-        assert torch.equal(loaded.eval()(images, 0.5, noise).logits, model(images, 0.5, noise).logits)
-    with pytest.raises(ValueError, match="model of type 'vit-mae', accepted: 'crate-mae'"):
+        assert torch.equal(
+            loaded.eval()(images, 0.5, noise).logits, model(images, 0.5, noise).logits
+        )
+    with pytest.raises(
+        ValueError, match="model of type 'vit-mae', accepted: 'crate-mae'"
+    ):
         CrateMAE.from_pretrained(tmp_path)
 
 

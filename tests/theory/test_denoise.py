@@ -8,7 +8,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crate_core.theory.denoise import add_noise, nearest_subspace, noise_left, project, project_nearest, tweedie
+from crate_core.theory.denoise import (
+    add_noise,
+    nearest_subspace,
+    noise_left,
+    project,
+    project_nearest,
+    tweedie,
+)
 from crate_core.theory.mixture import LowRankGaussianMixture, random_bases
 
 F64 = torch.float64
@@ -42,27 +49,40 @@ def test_tweedie_minimises_the_squared_error():
     error = noise_left(best, sample.tokens, sample.clean)
     for scale in (0.9, 1.1):
         assert noise_left(scale * best, sample.tokens, sample.clean) > error
-    assert noise_left(project_nearest(sample.tokens, mix.bases), sample.tokens, sample.clean) > error
+    assert (
+        noise_left(
+            project_nearest(sample.tokens, mix.bases), sample.tokens, sample.clean
+        )
+        > error
+    )
 
 
 @settings(max_examples=40)
 @given(st.integers(2, 10), st.integers(1, 5), st.integers(1, 10), st.integers(0, 2**31))
 def test_projections_are_projections(d, components, rank, seed):
     g = seeded(seed)
-    bases = random_bases(d, components, min(rank, d), orthogonal=False, generator=g, dtype=F64)
+    bases = random_bases(
+        d, components, min(rank, d), orthogonal=False, generator=g, dtype=F64
+    )
     z = torch.randn(3, 4, d, generator=g, dtype=F64)
     for basis in bases:
         projected = project(z, basis)
         torch.testing.assert_close(projected, z @ (basis @ basis.T))
         torch.testing.assert_close(project(projected, basis), projected)
-    distances = torch.stack([(z - project(z, basis)).norm(dim=-1) for basis in bases], -1)
+    distances = torch.stack(
+        [(z - project(z, basis)).norm(dim=-1) for basis in bases], -1
+    )
     nearest = nearest_subspace(z, bases)
-    torch.testing.assert_close(distances.gather(-1, nearest[..., None])[..., 0], distances.amin(-1))
+    torch.testing.assert_close(
+        distances.gather(-1, nearest[..., None])[..., 0], distances.amin(-1)
+    )
     torch.testing.assert_close(project_nearest(z, bases), project(z, bases[nearest]))
 
 
 def test_small_noise_limit_is_projection_at_second_order():
-    mix = LowRankGaussianMixture.random(48, 4, 6, orthogonal=False, generator=seeded(0), dtype=F64)
+    mix = LowRankGaussianMixture.random(
+        48, 4, 6, orthogonal=False, generator=seeded(0), dtype=F64
+    )
     z = mix.sample(20, 0.02, generator=seeded(1)).tokens
     sigmas = 0.02 * 0.5 ** np.arange(5)
     limit = project_nearest(z, mix.bases)
@@ -74,21 +94,35 @@ def test_small_noise_limit_is_projection_at_second_order():
 @settings(max_examples=40)
 @given(st.integers(0, 2**31), st.floats(0.01, 1.0))
 def test_small_noise_bound_holds_at_any_noise(seed, sigma):
-    mix = LowRankGaussianMixture.random(12, 4, 2, orthogonal=False, generator=seeded(seed), dtype=F64)
+    mix = LowRankGaussianMixture.random(
+        12, 4, 2, orthogonal=False, generator=seeded(seed), dtype=F64
+    )
     z = torch.randn(12, generator=seeded(seed + 1), dtype=F64)
-    energies = torch.einsum("d,kdp->kp", z, mix.bases).square().sum(-1).sort(descending=True).values
+    energies = (
+        torch.einsum("d,kdp->kp", z, mix.bases)
+        .square()
+        .sum(-1)
+        .sort(descending=True)
+        .values
+    )
     tau2, s2 = 0.5, sigma**2
     projected = project_nearest(z, mix.bases)
     distance = float((mix.denoise(z, sigma) - projected).norm())
     shrinkage = s2 / (tau2 + s2) * float(projected.norm())
-    bound = 3 * float(z.norm()) * math.exp(-tau2 * float(energies[0] - energies[1]) / (2 * s2 * (tau2 + s2)))
+    bound = (
+        3
+        * float(z.norm())
+        * math.exp(-tau2 * float(energies[0] - energies[1]) / (2 * s2 * (tau2 + s2)))
+    )
     assert abs(distance - shrinkage) <= bound + 1e-12
 
 
 def test_noise_left_of_the_true_projection_is_p_over_d():
     mix = LowRankGaussianMixture.random(60, 5, 12, generator=seeded(0), dtype=F64)
     sample = mix.sample(3000, 0.05, generator=seeded(1))
-    left = noise_left(project(sample.tokens, mix.bases[sample.labels]), sample.tokens, sample.clean)
+    left = noise_left(
+        project(sample.tokens, mix.bases[sample.labels]), sample.tokens, sample.clean
+    )
     assert abs(left / 0.2 - 1) < 0.02
     assert noise_left(sample.tokens, sample.tokens, sample.clean) == pytest.approx(1)
     assert noise_left(sample.clean, sample.tokens, sample.clean) == 0

@@ -1,4 +1,6 @@
-"""The integrators: orders by regression on a problem with a known solution, the adaptive tolerance, paths, refusals."""
+"""The integrators: orders by regression on a problem with a known solution, the
+adaptive tolerance, paths, refusals.
+"""
 
 import math
 
@@ -12,7 +14,9 @@ ORDERS = {"euler": 1, "heun": 2, "rk4": 4}
 
 
 def normal(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return torch.randn(
+        *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
 
 
 @pytest.mark.parametrize("method", ORDERS)
@@ -25,7 +29,12 @@ def test_order_on_a_problem_with_a_known_solution(method: str) -> None:
     counts = [16, 32, 64, 128]
     exact = (z + 1.5) * math.exp(-(1.5**2))
     errors = [
-        float((integrate(field, z, torch.linspace(0, 1.5, n + 1), method)[-1] - exact).abs().max()) for n in counts
+        float(
+            (integrate(field, z, torch.linspace(0, 1.5, n + 1), method)[-1] - exact)
+            .abs()
+            .max()
+        )
+        for n in counts
     ]
     assert abs(-np.polyfit(np.log(counts), np.log(errors), 1)[0] - ORDERS[method]) < 0.2
 
@@ -44,7 +53,8 @@ def test_path_starts_at_the_state_and_has_one_entry_a_time(method: str) -> None:
     assert path.shape == (3, 2, 4, 3)
     assert path.dtype == torch.float32
     torch.testing.assert_close(path[0], z)
-    assert (path[-1].abs() > z.abs()).all()  # decreasing times: the decay runs backwards
+    # decreasing times: the decay runs backwards
+    assert (path[-1].abs() > z.abs()).all()
 
 
 def test_integrate_refuses_bad_times_and_methods() -> None:
@@ -59,4 +69,9 @@ def test_integrate_refuses_bad_times_and_methods() -> None:
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_adaptive_method_says_where_it_stopped() -> None:
     with pytest.raises(RuntimeError, match="DOP853 stopped"):
-        integrate(lambda t, state: state**2, torch.ones(1, dtype=torch.float64), [0.0, 2.0], "dop853")
+        integrate(
+            lambda t, state: state**2,
+            torch.ones(1, dtype=torch.float64),
+            [0.0, 2.0],
+            "dop853",
+        )

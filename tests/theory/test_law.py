@@ -1,4 +1,6 @@
-"""When the gradient of R^c denoises: the bounds hold, they are tight, and the law agrees with measurement."""
+"""When the gradient of R^c denoises: the bounds hold, they are tight, and the law
+agrees with measurement.
+"""
 
 import math
 
@@ -22,10 +24,16 @@ F64 = torch.float64
 
 
 def draw_tokens(seed, dim, components, rank, n, noise):
-    """A mixture with orthogonal subspaces and n tokens, memberships in turn, noise of norm about ``noise``."""
+    """A mixture with orthogonal subspaces and n tokens, memberships in turn, noise of
+    norm about ``noise``.
+    """
     generator = torch.Generator().manual_seed(seed)
-    mix = LowRankGaussianMixture.random(dim, components, rank, orthogonal=True, generator=generator, dtype=F64)
-    sample = mix.sample(n, noise / dim**0.5, labels=torch.arange(n) % components, generator=generator)
+    mix = LowRankGaussianMixture.random(
+        dim, components, rank, orthogonal=True, generator=generator, dtype=F64
+    )
+    sample = mix.sample(
+        n, noise / dim**0.5, labels=torch.arange(n) % components, generator=generator
+    )
     return mix, sample
 
 
@@ -39,7 +47,9 @@ def configurations(draw, most_per_rank: float = 1.0):
 
 
 def project_own(z, bases, labels):
-    return torch.stack([bases[k] @ (bases[k].T @ x) for x, k in zip(z, labels, strict=True)])
+    return torch.stack(
+        [bases[k] @ (bases[k].T @ x) for x, k in zip(z, labels, strict=True)]
+    )
 
 
 @given(configurations(most_per_rank=3.0))
@@ -48,13 +58,23 @@ def test_noise_direction_is_what_projecting_removes(configuration):
     *sizes, noise, eps = configuration
     mix, s = draw_tokens(*sizes, noise)
     own = project_own(s.tokens, mix.bases, s.labels)
-    torch.testing.assert_close(noise_direction(s.tokens, mix.bases, s.labels), s.tokens - own, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        noise_direction(s.tokens, mix.bases, s.labels),
+        s.tokens - own,
+        rtol=1e-9,
+        atol=1e-12,
+    )
     span = sum(u @ u.T for u in mix.bases)
     within = noise_direction(s.tokens, mix.bases, s.labels, within_span=True)
     torch.testing.assert_close(within, s.tokens @ span - own, rtol=1e-9, atol=1e-12)
     cosine = denoising_cosine(s.tokens, mix.bases, s.labels, eps)
-    gradient, target = subspace_coding_rate_grad(s.tokens, mix.bases, eps), s.tokens - own
-    expected = (gradient * target).sum(-1) / (gradient.norm(dim=-1) * target.norm(dim=-1))
+    gradient, target = (
+        subspace_coding_rate_grad(s.tokens, mix.bases, eps),
+        s.tokens - own,
+    )
+    expected = (gradient * target).sum(-1) / (
+        gradient.norm(dim=-1) * target.norm(dim=-1)
+    )
     torch.testing.assert_close(cosine, expected, rtol=1e-6, atol=1e-9)
 
 
@@ -102,7 +122,9 @@ def test_deviation_from_contraction_is_below_delta(configuration):
     assert 0 < float(m) <= 1
     assert 0 <= float(delta) < 1
     inside = s.tokens @ sum(u @ u.T for u in mix.bases)
-    gradient = subspace_coding_rate_grad(s.tokens, mix.bases, eps) / subspace_beta(n, rank, eps)
+    gradient = subspace_coding_rate_grad(s.tokens, mix.bases, eps) / subspace_beta(
+        n, rank, eps
+    )
     deviation = (gradient / m - inside).norm(dim=-1) / inside.norm(dim=-1)
     assert float(deviation.max()) <= float(delta) + 1e-9
 
@@ -118,7 +140,9 @@ def test_contraction_bound_takes_batches_and_shrinks_with_tokens():
 
 
 @pytest.mark.parametrize("factor", [1 / 16, 1 / 4, 1, 4])
-@pytest.mark.parametrize(("noise", "eps"), [(0.1, 0.1), (0.01, 0.1), (1.0, 0.3), (0.03, 0.01)])
+@pytest.mark.parametrize(
+    ("noise", "eps"), [(0.1, 0.1), (0.01, 0.1), (1.0, 0.3), (0.03, 0.01)]
+)
 def test_law_agrees_with_measurement(factor, noise, eps):
     n = round(192 * factor)
     values = []
@@ -137,14 +161,24 @@ def test_law_counts_what_lies_outside_the_span():
 
 
 def test_law_has_the_limits_of_both_theorems():
-    # In the window: the ceiling sqrt(1 - N/Kp).  Many tokens: the share of noise in the token.
-    assert denoising_cosine_law(192, 768, 12, 64, 1e-9 / 768**0.5, 1e-6) == pytest.approx(math.sqrt(0.75), abs=2e-3)
+    # In the window: the ceiling sqrt(1 - N/Kp).  Many tokens: the share of noise in the
+    # token.
+    assert denoising_cosine_law(
+        192, 768, 12, 64, 1e-9 / 768**0.5, 1e-6
+    ) == pytest.approx(math.sqrt(0.75), abs=2e-3)
     floor = 0.1 * math.sqrt(704 / 768) / math.sqrt(1 + 0.1**2)
-    assert denoising_cosine_law(768 * 10_000, 768, 12, 64, 0.1 / 768**0.5, 0.1) == pytest.approx(floor, rel=0.01)
+    assert denoising_cosine_law(
+        768 * 10_000, 768, 12, 64, 0.1 / 768**0.5, 0.1
+    ) == pytest.approx(floor, rel=0.01)
 
 
 @given(
-    st.integers(2, 8), st.integers(1, 64), st.integers(0, 50), st.integers(1, 5000), st.floats(-6, 1), st.floats(-4, 1)
+    st.integers(2, 8),
+    st.integers(1, 64),
+    st.integers(0, 50),
+    st.integers(1, 5000),
+    st.floats(-6, 1),
+    st.floats(-4, 1),
 )
 def test_law_is_a_cosine(components, rank, extra, n, log_sigma, log_eps):
     dim = components * rank + extra
@@ -173,7 +207,11 @@ def test_bad_input():
         compression_bound(z[None], bases, labels, 0.1)
     with pytest.raises(ValueError, match="eps"):
         compression_error(z, bases, labels, 0.0)
-    for arguments in ((6, 12, 1, 4, 0.1, 0.1), (6, 12, 4, 4, 0.1, 0.1), (0, 12, 3, 4, 0.1, 0.1)):
+    for arguments in (
+        (6, 12, 1, 4, 0.1, 0.1),
+        (6, 12, 4, 4, 0.1, 0.1),
+        (0, 12, 3, 4, 0.1, 0.1),
+    ):
         with pytest.raises(ValueError):
             denoising_cosine_law(*arguments)
     for sigma, eps in ((0.0, 0.1), (-1.0, 0.1), (0.1, 0.0)):

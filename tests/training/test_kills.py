@@ -1,4 +1,6 @@
-"""Runs that end badly while they save: killed, out of disk, two at once; and what must not be overwritten."""
+"""Runs that end badly while they save: killed, out of disk, two at once; and what must
+not be overwritten.
+"""
 
 import json
 import os
@@ -97,7 +99,13 @@ def command(directory: Path, moment: str) -> list[str]:
 
 
 def drive(directory: Path, moment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(directory, moment), env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run(
+        command(directory, moment),
+        env=ENVIRONMENT,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
 
 
 def kept_step(directory: Path) -> int | None:
@@ -118,19 +126,26 @@ def test_a_kill_with_half_a_checkpoint_written(tmp_path: Path, uncut: Path) -> N
 
 
 def test_kills_from_outside_while_it_saves(tmp_path: Path, uncut: Path) -> None:
-    # It saves after every step; a kill comes as soon as the folder of an unfinished checkpoint is seen.
+    # It saves after every step; a kill comes as soon as the folder of an unfinished
+    # checkpoint is seen.
     arguments = command(tmp_path / "cut", "none")
     arguments[3] = json.dumps(tiny(tmp_path / "cut", checkpoint_every=1).to_dict())
     partial, hit = tmp_path / "cut" / "checkpoints" / ".partial", 0
     for _ in range(3):
         before = kept_step(tmp_path / "cut") or 0
-        process = subprocess.Popen(arguments, env=ENVIRONMENT, cwd=ROOT, stdout=subprocess.DEVNULL)
-        while process.poll() is None and not ((kept_step_or(tmp_path / "cut") > before) and partial.exists()):
+        process = subprocess.Popen(
+            arguments, env=ENVIRONMENT, cwd=ROOT, stdout=subprocess.DEVNULL
+        )
+        while process.poll() is None and not (
+            (kept_step_or(tmp_path / "cut") > before) and partial.exists()
+        ):
             time.sleep(0.0005)
         process.kill()
         hit += process.wait() == -signal.SIGKILL
     assert hit == 3
-    done = subprocess.run(arguments, env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        arguments, env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert contents(tmp_path / "cut") == contents(uncut)
 
@@ -145,14 +160,22 @@ def kept_step_or(directory: Path) -> int:
 def test_a_file_that_may_not_grow_stops_the_run_and_keeps_the_last_checkpoint(
     tmp_path: Path, uncut: Path, limit: int
 ) -> None:
-    # The operating system refuses the write (EFBIG): in the weights, or in the optimizer's file after them.
+    # The operating system refuses the write (EFBIG): in the weights, or in the
+    # optimizer's file after them.
     weights = (uncut / "model.safetensors").stat().st_size
-    assert 1000 < weights < 20_000 < (uncut / "checkpoints" / "step-00000012" / "optimizer.pt").stat().st_size
+    assert (
+        1000
+        < weights
+        < 20_000
+        < (uncut / "checkpoints" / "step-00000012" / "optimizer.pt").stat().st_size
+    )
     done = drive(tmp_path, f"limit{limit}")
     assert done.returncode == 7, done.stderr
     assert "the last good one is" in done.stdout
     assert "step-00000004" in done.stdout
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000004"]
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [
+        "step-00000004"
+    ]
     assert RunDirectory(tmp_path).latest() is not None
     done = drive(tmp_path, "none")
     assert done.returncode == 0, done.stderr
@@ -171,14 +194,20 @@ cp "$1"/run/model.safetensors "$1"/run/metrics.jsonl "$2"
 
 
 def test_a_disk_that_is_really_full(tmp_path: Path, uncut: Path) -> None:
-    # A file system of 700 kB in a mount namespace of its own, filled to the last byte between two checkpoints.
+    # A file system of 700 kB in a mount namespace of its own, filled to the last byte
+    # between two checkpoints.
     namespace = ["unshare", "-m"] if os.geteuid() == 0 else ["unshare", "-rm"]
     disk, kept = tmp_path / "disk", tmp_path / "kept"
     disk.mkdir()
     kept.mkdir()
     probe = [*namespace, "mount", "-t", "tmpfs", "tmpfs", str(disk)]
-    if shutil.which("unshare") is None or subprocess.run(probe, capture_output=True, check=False).returncode:
-        pytest.skip("this machine lets no test mount a file system; RLIMIT_FSIZE above is the test that runs anywhere")
+    if (
+        shutil.which("unshare") is None
+        or subprocess.run(probe, capture_output=True, check=False).returncode
+    ):
+        pytest.skip(
+            "this machine lets no test mount a file system; RLIMIT_FSIZE above is the test that runs anywhere"
+        )
     run = command(disk / "run", "")[:-1]
     done = subprocess.run(
         [*namespace, "bash", "-c", MOUNTED, "mounted", str(disk), str(kept), *run],
@@ -193,15 +222,26 @@ def test_a_disk_that_is_really_full(tmp_path: Path, uncut: Path) -> None:
     assert contents(kept) == contents(uncut)
 
 
-def test_a_second_process_is_refused_and_the_first_goes_on(tmp_path: Path, uncut: Path) -> None:
-    first = subprocess.Popen(command(tmp_path / "run", "slow"), env=ENVIRONMENT, cwd=ROOT, stderr=subprocess.PIPE)
+def test_a_second_process_is_refused_and_the_first_goes_on(
+    tmp_path: Path, uncut: Path
+) -> None:
+    first = subprocess.Popen(
+        command(tmp_path / "run", "slow"),
+        env=ENVIRONMENT,
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+    )
     try:
-        while first.poll() is None and not (tmp_path / "run" / "checkpoints" / "step-00000004").exists():
+        while (
+            first.poll() is None
+            and not (tmp_path / "run" / "checkpoints" / "step-00000004").exists()
+        ):
             time.sleep(0.01)
         assert first.poll() is None, first.stderr and first.stderr.read()
         before = snapshot(tmp_path)
         with pytest.raises(
-            ValueError, match=rf"being written by another process \(process {first.pid} on .*nothing was"
+            ValueError,
+            match=rf"being written by another process \(process {first.pid} on .*nothing was",
         ):
             train(tiny(tmp_path / "run"))
         after = snapshot(tmp_path)
@@ -215,7 +255,9 @@ def test_a_second_process_is_refused_and_the_first_goes_on(tmp_path: Path, uncut
     assert (tmp_path / "run" / ".lock").read_text() == ""
 
 
-def test_a_process_killed_before_its_record_leaves_a_directory_that_can_be_used(tmp_path: Path, uncut: Path) -> None:
+def test_a_process_killed_before_its_record_leaves_a_directory_that_can_be_used(
+    tmp_path: Path, uncut: Path
+) -> None:
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / ".lock").write_text("process 1 on nowhere")
     train(tiny(tmp_path))
@@ -239,16 +281,22 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().err
 
 
-def test_another_presets_directory_is_refused(tmp_path: Path, uncut: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_presets_directory_is_refused(
+    tmp_path: Path, uncut: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.copytree(uncut, tmp_path / "run")
     before = snapshot(tmp_path)
-    said = refused(["--preset", "digits", "--output-dir", str(tmp_path / "run")], capsys)
+    said = refused(
+        ["--preset", "digits", "--output-dir", str(tmp_path / "run")], capsys
+    )
     assert "holds another run, which differs in" in said
     assert "model.dim (there 16, now 64)" in said
     assert snapshot(tmp_path) == before
 
 
-def test_a_folder_that_may_not_be_read_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_that_may_not_be_read_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from PIL import Image
 
     for name in ("a", "b"):
@@ -264,7 +312,15 @@ def test_a_folder_that_may_not_be_read_is_refused(tmp_path: Path, capsys: pytest
                 parent.chmod(parent.stat().st_mode | 0o111)
         os.seteuid(65534)
     try:
-        said = refused(["--data", f"folder:{tmp_path / 'data'}", "--output-dir", str(tmp_path / "run")], capsys)
+        said = refused(
+            [
+                "--data",
+                f"folder:{tmp_path / 'data'}",
+                "--output-dir",
+                str(tmp_path / "run"),
+            ],
+            capsys,
+        )
     finally:
         if root:
             os.seteuid(0)

@@ -1,4 +1,6 @@
-"""Pretraining: recipe, schedule, the loop, and runs that are cut off at any moment and go on exactly."""
+"""Pretraining: recipe, schedule, the loop, and runs that are cut off at any moment and
+go on exactly.
+"""
 
 import errno
 import json
@@ -27,7 +29,12 @@ import crate_core.training.run_directory as runs
 from crate_core.model.config import CrateMAEConfig
 from crate_core.model.crate import CrateMAE
 from crate_core.model.patches import patchify
-from crate_core.training.pretrain import PICTURES_SHOWN, TrainingDivergedError, initial_model, pretrain
+from crate_core.training.pretrain import (
+    PICTURES_SHOWN,
+    TrainingDivergedError,
+    initial_model,
+    pretrain,
+)
 from crate_core.training.recipe import (
     LATER,
     OPERATIONAL,
@@ -38,13 +45,19 @@ from crate_core.training.recipe import (
     parameter_groups,
     total_steps,
 )
-from crate_core.training.run_directory import CheckpointError, RunDirectory, git_commit, provenance
+from crate_core.training.run_directory import (
+    CheckpointError,
+    RunDirectory,
+    git_commit,
+    provenance,
+)
 from crate_core.training.yardsticks import trivial_loss
 
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Bits are compared at one thread, which is what the processes of these tests have."""
+    """Bits are compared at one thread, which is what the processes of these tests have.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -53,7 +66,8 @@ def one_thread() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Finished:
-    """The uncut run, what it said, and whether it left the global random state alone."""
+    """The uncut run, what it said, and whether it left the global random state alone.
+    """
 
     path: Path
     said: list[str]
@@ -79,9 +93,18 @@ def uncut(tmp_path_factory: pytest.TempPathFactory) -> Finished:
 # -- the recipe
 
 
-@given(batch=st.integers(1, 512), pictures=st.integers(1, 5000), epochs=st.floats(1, 300), warm=st.floats(0, 0.9))
-def test_schedule_follows_its_formula(batch: int, pictures: int, epochs: float, warm: float) -> None:
-    config = PretrainConfig(batch_size=batch, epochs=epochs, warmup_epochs=warm * epochs, lr=1e-3)
+@given(
+    batch=st.integers(1, 512),
+    pictures=st.integers(1, 5000),
+    epochs=st.floats(1, 300),
+    warm=st.floats(0, 0.9),
+)
+def test_schedule_follows_its_formula(
+    batch: int, pictures: int, epochs: float, warm: float
+) -> None:
+    config = PretrainConfig(
+        batch_size=batch, epochs=epochs, warmup_epochs=warm * epochs, lr=1e-3
+    )
     steps = total_steps(config, pictures)
     assert (steps - 1) * batch < epochs * pictures * (1 + 1e-12)
     assert steps * batch >= epochs * pictures * (1 - 1e-12)
@@ -90,16 +113,29 @@ def test_schedule_follows_its_formula(batch: int, pictures: int, epochs: float, 
         if epoch < warm * epochs:
             expected = epoch / (warm * epochs)
         else:
-            expected = math.cos(math.pi / 2 * min(1, (epoch - warm * epochs) / (epochs - warm * epochs))) ** 2
-        assert learning_rate(step, config, pictures) == pytest.approx(1e-3 * batch / 256 * expected, abs=1e-12)
+            expected = (
+                math.cos(
+                    math.pi
+                    / 2
+                    * min(1, (epoch - warm * epochs) / (epochs - warm * epochs))
+                )
+                ** 2
+            )
+        assert learning_rate(step, config, pictures) == pytest.approx(
+            1e-3 * batch / 256 * expected, abs=1e-12
+        )
 
 
 def test_max_steps_shortens_a_run_and_keeps_its_schedule() -> None:
     whole = PretrainConfig.from_preset("digits")
     short = replace(whole, max_steps=7)
     assert total_steps(short, 1438) == 7
-    assert total_steps(replace(whole, max_steps=10**9), 1438) == total_steps(whole, 1438)
-    assert [learning_rate(s, short, 1438) for s in range(7)] == [learning_rate(s, whole, 1438) for s in range(7)]
+    assert total_steps(replace(whole, max_steps=10**9), 1438) == total_steps(
+        whole, 1438
+    )
+    assert [learning_rate(s, short, 1438) for s in range(7)] == [
+        learning_rate(s, whole, 1438) for s in range(7)
+    ]
 
 
 def test_every_parameter_is_in_one_group_and_vectors_do_not_decay() -> None:
@@ -109,7 +145,12 @@ def test_every_parameter_is_in_one_group_and_vectors_do_not_decay() -> None:
     grouped = [id(p) for group in (decayed, others) for p in group["params"]]
     assert sorted(grouped) == sorted(id(p) for p in model.parameters())
     plain = {id(p) for name, p in model.named_parameters() if name.endswith("bias")}
-    norms = {id(p) for m in model.modules() if isinstance(m, nn.LayerNorm) for p in m.parameters()}
+    norms = {
+        id(p)
+        for m in model.modules()
+        if isinstance(m, nn.LayerNorm)
+        for p in m.parameters()
+    }
     assert {id(p) for p in others["params"]} == plain | norms
 
 
@@ -126,7 +167,11 @@ def test_presets_are_valid_and_survive_json(name: str) -> None:
 def test_imagenet_presets_are_the_recipe_of_mae() -> None:
     for name, dim in (("imagenet-small", 576), ("imagenet-base", 768)):
         config = PretrainConfig.from_preset(name)
-        assert (config.epochs, config.warmup_epochs, config.batch_size) == (800, 40, 4096)
+        assert (config.epochs, config.warmup_epochs, config.batch_size) == (
+            800,
+            40,
+            4096,
+        )
         assert config.peak_lr == pytest.approx(2.4e-3)
         assert config.model.dim == dim
 
@@ -183,7 +228,10 @@ def test_expected_loss_is_for_the_unchanged_preset() -> None:
     config = PretrainConfig.from_preset("digits")
     steps = total_steps(config, 1438)
     assert expected_range(config, steps, 1438) == PRESETS["digits"].loss is not None
-    assert expected_range(replace(config, seed=5, workers=2), steps, 1438) == PRESETS["digits"].loss
+    assert (
+        expected_range(replace(config, seed=5, workers=2), steps, 1438)
+        == PRESETS["digits"].loss
+    )
     assert expected_range(replace(config, lr=1e-3), steps, 1438) is None
     assert expected_range(config, steps - 1, 1438) is None
 
@@ -213,7 +261,15 @@ def test_initial_weights_are_a_function_of_the_seed(tmp_path: Path) -> None:
 
 def test_training_beats_the_mean_patch(tmp_path: Path) -> None:
     model = CrateMAEConfig.preset("digits", dim=32, depth=1, heads=2)
-    config = tiny(tmp_path, model=model, batch_size=64, epochs=9.0, warmup_epochs=1.0, lr=0.04, checkpoint_every=500)
+    config = tiny(
+        tmp_path,
+        model=model,
+        batch_size=64,
+        epochs=9.0,
+        warmup_epochs=1.0,
+        lr=0.04,
+        checkpoint_every=500,
+    )
     result = pretrain(config, progress=False, report=str)
     first = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])["loss"]
     assert result.train_loss < 0.8 * result.trivial.mean_patch < first
@@ -223,18 +279,30 @@ def test_training_beats_the_mean_patch(tmp_path: Path) -> None:
 def test_a_finished_run_holds_what_it_says(uncut: Finished) -> None:
     tmp_path, said = uncut.path, uncut.said
     config = tiny(tmp_path)
-    assert any("data: scikit-learn's digits: 1,438 to train on, 359 held out" in line for line in said)
+    assert any(
+        "data: scikit-learn's digits: 1,438 to train on, 359 held out" in line
+        for line in said
+    )
     assert any("no range was measured for a changed recipe" in line for line in said)
     record = json.loads((tmp_path / "run.json").read_text())
     assert PretrainConfig.from_dict(record["config"]) == config
     assert record["starts"][0]["command"] == "crate_core.training.pretrain.pretrain"
-    assert record["starts"][0]["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert (
+        record["starts"][0]["versions"]["torch"] == torch.__version__.partition("+")[0]
+    )
     summary = json.loads((tmp_path / "summary.json").read_text())
-    log = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    log = [
+        json.loads(line)
+        for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
+    ]
     assert [line["step"] for line in log] == [3, 6, 9, 12]
     assert summary["steps"] == 12
-    assert summary["train_loss"] == pytest.approx(np.mean([line["loss"] for line in log]))
-    assert all(line["lr"] == learning_rate(line["step"] - 1, config, 1438) for line in log)
+    assert summary["train_loss"] == pytest.approx(
+        np.mean([line["loss"] for line in log])
+    )
+    assert all(
+        line["lr"] == learning_rate(line["step"] - 1, config, 1438) for line in log
+    )
     model = CrateMAE.from_pretrained(tmp_path)
     assert model.config == TINY
     (checkpoint,) = (tmp_path / "checkpoints").iterdir()
@@ -247,14 +315,17 @@ def test_a_finished_run_holds_what_it_says(uncut: Finished) -> None:
 
 
 def test_the_loss_in_the_log_is_the_models(tmp_path: Path) -> None:
-    # Step 1 has learning rate 0, so that the first line's loss is that of the initial weights on the first batches.
+    # Step 1 has learning rate 0, so that the first line's loss is that of the initial
+    # weights on the first batches.
     from crate_core.data.batches import StepBatches, TrainingPictures, mask_noise
     from crate_core.data.named import open_data
 
     config = tiny(tmp_path, max_steps=1, log_every=1)
     train(config)
     logged = json.loads((tmp_path / "metrics.jsonl").read_text())["loss"]
-    dataset = TrainingPictures(open_data("digits").train, (8, 8), 1, "none", config.seed)
+    dataset = TrainingPictures(
+        open_data("digits").train, (8, 8), 1, "none", config.seed
+    )
     (items,) = StepBatches(1438, 16, config.seed, 0, 1)
     model = initial_model(config)
     images = model.standardize(dataset.__getitems__(items).images)
@@ -269,17 +340,23 @@ def test_training_leaves_the_global_random_state_alone(uncut: Finished) -> None:
 def test_mixed_precision_trains_and_differs(tmp_path: Path, uncut: Finished) -> None:
     train(tiny(tmp_path, precision="bf16"))
     full, mixed = (
-        [json.loads(line)["loss"] for line in (path / "metrics.jsonl").read_text().splitlines()]
+        [
+            json.loads(line)["loss"]
+            for line in (path / "metrics.jsonl").read_text().splitlines()
+        ]
         for path in (uncut.path, tmp_path)
     )
     assert mixed != full
     np.testing.assert_allclose(mixed, full, rtol=0.05)
 
 
-def test_clipping_changes_the_weights_and_logs_the_whole_norm(tmp_path: Path, uncut: Finished) -> None:
+def test_clipping_changes_the_weights_and_logs_the_whole_norm(
+    tmp_path: Path, uncut: Finished
+) -> None:
     train(tiny(tmp_path, clip_gradient=0.01, max_steps=3))
     free, clipped = (
-        json.loads((path / "metrics.jsonl").read_text().splitlines()[0]) for path in (uncut.path, tmp_path)
+        json.loads((path / "metrics.jsonl").read_text().splitlines()[0])
+        for path in (uncut.path, tmp_path)
     )
     assert free["loss"] != clipped["loss"]
     assert clipped["gradient_norm"] > 0.1
@@ -289,24 +366,37 @@ def test_a_folder_smaller_than_a_batch_trains_and_counts_damage(tmp_path: Path) 
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     for i in range(12):
-        Image.fromarray(np.random.default_rng(i).integers(0, 256, (9, 11, 3), dtype=np.uint8)).save(
-            pictures / f"{i:02d}.png"
-        )
+        Image.fromarray(
+            np.random.default_rng(i).integers(0, 256, (9, 11, 3), dtype=np.uint8)
+        ).save(pictures / f"{i:02d}.png")
     (pictures / "05.png").write_bytes(b"no picture")
-    config = tiny(tmp_path / "run", data=f"folder:{pictures}", epochs=6.0, warmup_epochs=1.0, augmentation="crop_flip")
+    config = tiny(
+        tmp_path / "run",
+        data=f"folder:{pictures}",
+        epochs=6.0,
+        warmup_epochs=1.0,
+        augmentation="crop_flip",
+    )
     said = train(config)
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["unreadable"] == 1
+    assert (
+        json.loads((tmp_path / "run" / "summary.json").read_text())["unreadable"] == 1
+    )
     assert sum("05.png" in line for line in said) == 1
 
 
 # -- a directory belongs to one run
 
 
-def test_another_runs_directory_is_refused_and_untouched(tmp_path: Path, uncut: Finished) -> None:
+def test_another_runs_directory_is_refused_and_untouched(
+    tmp_path: Path, uncut: Finished
+) -> None:
     uncut.copy(tmp_path)
     before = snapshot(tmp_path)
     other = tiny(tmp_path, seed=1, model=replace(TINY, lambd=0.25))
-    with pytest.raises(ValueError, match=r"model.lambd \(there 0.5, now 0.25\); seed \(there 0, now 1\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"model.lambd \(there 0.5, now 0.25\); seed \(there 0, now 1\)",
+    ):
         train(other)
     assert snapshot(tmp_path) == before
 
@@ -314,7 +404,10 @@ def test_another_runs_directory_is_refused_and_untouched(tmp_path: Path, uncut: 
 def test_a_directory_of_something_else_is_refused_and_untouched(tmp_path: Path) -> None:
     CrateMAE(TINY).save_pretrained(tmp_path)
     before = snapshot(tmp_path)
-    with pytest.raises(ValueError, match=r"already holds config.json, model.safetensors and no run.json"):
+    with pytest.raises(
+        ValueError,
+        match=r"already holds config.json, model.safetensors and no run.json",
+    ):
         train(tiny(tmp_path))
     assert snapshot(tmp_path) == before
 
@@ -323,9 +416,12 @@ def test_a_finished_run_is_not_trained_again(tmp_path: Path, uncut: Finished) ->
     uncut.copy(tmp_path)
     before = snapshot(tmp_path)
     said = train(tiny(tmp_path, checkpoint_every=2))
-    assert any("is finished: 12 steps are done; nothing was trained" in line for line in said)
+    assert any(
+        "is finished: 12 steps are done; nothing was trained" in line for line in said
+    )
     after = snapshot(tmp_path)
-    assert {name for name in before if before[name] != after[name]} == {"run.json"}  # the new start is recorded
+    # the new start is recorded
+    assert {name for name in before if before[name] != after[name]} == {"run.json"}
     assert before.keys() == after.keys()
 
 
@@ -342,7 +438,9 @@ def test_changed_data_is_another_run(tmp_path: Path) -> None:
     pictures.mkdir()
     for i in range(12):
         Image.new("L", (8, 8), 20 * i).save(pictures / f"{i:02d}.png")
-    config = tiny(tmp_path / "run", data=f"folder:{pictures}", epochs=3.0, warmup_epochs=1.0)
+    config = tiny(
+        tmp_path / "run", data=f"folder:{pictures}", epochs=3.0, warmup_epochs=1.0
+    )
     train(config)
     Image.new("L", (8, 8)).save(pictures / "99.png")
     with pytest.raises(ValueError, match=r"training pictures \(there 11, now 12\)"):
@@ -399,14 +497,38 @@ for moment in moments:
 
 @pytest.mark.processes
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills need POSIX processes")
-def test_a_run_killed_at_any_moment_ends_with_the_bits_of_the_uncut_run(tmp_path: Path, uncut: Finished) -> None:
-    # Each moment is a process of its own that gets a SIGKILL there; the next one starts with the same configuration.
-    moments = ["step@2", "weights", "step@5", "rename", "clean", "step@10", "finish", "none"]
+def test_a_run_killed_at_any_moment_ends_with_the_bits_of_the_uncut_run(
+    tmp_path: Path, uncut: Finished
+) -> None:
+    # Each moment is a process of its own that gets a SIGKILL there; the next one starts
+    # with the same configuration.
+    moments = [
+        "step@2",
+        "weights",
+        "step@5",
+        "rename",
+        "clean",
+        "step@10",
+        "finish",
+        "none",
+    ]
     config = tiny(uncut.path)
-    command = [sys.executable, "-c", DRIVER, str(tmp_path / "cut"), json.dumps(config.to_dict()), *moments]
-    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, cwd=ROOT, check=False)
+    command = [
+        sys.executable,
+        "-c",
+        DRIVER,
+        str(tmp_path / "cut"),
+        json.dumps(config.to_dict()),
+        *moments,
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=ENVIRONMENT, cwd=ROOT, check=False
+    )
     assert done.returncode == 0, done.stderr
-    ends = {moment: (code, kept) for moment, code, kept in map(json.loads, done.stdout.splitlines())}
+    ends = {
+        moment: (code, kept)
+        for moment, code, kept in map(json.loads, done.stdout.splitlines())
+    }
     assert all(ends[moment][0] == signal.SIGKILL for moment in moments[:-1]), ends
     assert ends["none"][0] == 0
     step = "step-{:08d}".format
@@ -415,36 +537,80 @@ def test_a_run_killed_at_any_moment_ends_with_the_bits_of_the_uncut_run(tmp_path
     assert ends["clean"][1] == [step(4), step(8)]
     assert ends["finish"][1] == [step(12)]
     assert contents(tmp_path / "cut") == contents(uncut.path)
-    same = ("steps", "train_loss", "held_out_loss", "trivial_loss", "unreadable", "seed")
-    one, other = (json.loads((path / "summary.json").read_text()) for path in (tmp_path / "cut", uncut.path))
+    same = (
+        "steps",
+        "train_loss",
+        "held_out_loss",
+        "trivial_loss",
+        "unreadable",
+        "seed",
+    )
+    one, other = (
+        json.loads((path / "summary.json").read_text())
+        for path in (tmp_path / "cut", uncut.path)
+    )
     assert {name: one[name] for name in same} == {name: other[name] for name in same}
     assert not list((tmp_path / "cut" / "checkpoints").glob(".*"))
-    assert len(json.loads((tmp_path / "cut" / "run.json").read_text())["starts"]) == len(moments)
+    assert len(
+        json.loads((tmp_path / "cut" / "run.json").read_text())["starts"]
+    ) == len(moments)
 
 
 @pytest.mark.processes
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills need POSIX processes")
 def test_a_command_killed_from_outside_goes_on(tmp_path: Path) -> None:
-    base = [sys.executable, "-m", "crate_core.cli", "pretrain", "--device", "cpu", "--max-steps", "60"]
-    base += ["--model.dim", "16", "--model.depth", "1", "--model.heads", "2", "--batch-size", "16", "--log-every", "7"]
+    base = [
+        sys.executable,
+        "-m",
+        "crate_core.cli",
+        "pretrain",
+        "--device",
+        "cpu",
+        "--max-steps",
+        "60",
+    ]
+    base += [
+        "--model.dim",
+        "16",
+        "--model.depth",
+        "1",
+        "--model.heads",
+        "2",
+        "--batch-size",
+        "16",
+        "--log-every",
+        "7",
+    ]
     base += ["--checkpoint-every", "5", "--warmup-epochs", "1", "--seed", "3"]
     log = tmp_path / "cut" / "metrics.jsonl"
     process = subprocess.Popen(
         [*base, "--output-dir", str(tmp_path / "cut")],
         env=ENVIRONMENT, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    while process.poll() is None and not (log.exists() and log.read_text().count("\n") >= 2):
+    while process.poll() is None and not (
+        log.exists() and log.read_text().count("\n") >= 2
+    ):
         time.sleep(0.002)
     process.kill()
     assert process.wait() == -signal.SIGKILL
     assert not (tmp_path / "cut" / "summary.json").exists()
     done = subprocess.run(
-        [*base, "--output-dir", str(tmp_path / "cut")], env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True
+        [*base, "--output-dir", str(tmp_path / "cut")],
+        env=ENVIRONMENT,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     assert "continuing after step" in done.stdout
     config = tiny(
-        tmp_path / "uncut", max_steps=60, epochs=300.0, warmup_epochs=1.0, log_every=7, checkpoint_every=5, seed=3
+        tmp_path / "uncut",
+        max_steps=60,
+        epochs=300.0,
+        warmup_epochs=1.0,
+        log_every=7,
+        checkpoint_every=5,
+        seed=3,
     )
     train(config)
     assert contents(tmp_path / "cut") == contents(tmp_path / "uncut")
@@ -466,20 +632,28 @@ def fail_on(call: int) -> Callable[[Path], None]:
 def test_a_full_disk_stops_the_run_and_keeps_the_last_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uncut: Finished, call: int
 ) -> None:
-    # A checkpoint syncs four files, their directory and its parent: calls 7 to 12 belong to the second one.
+    # A checkpoint syncs four files, their directory and its parent: calls 7 to 12
+    # belong to the second one.
     with monkeypatch.context() as patch:
         patch.setattr(runs, "sync", fail_on(call))
-        with pytest.raises(CheckpointError, match=r"step 8 could not.*No space left.*last good one is .*step-00000004"):
+        with pytest.raises(
+            CheckpointError,
+            match=r"step 8 could not.*No space left.*last good one is .*step-00000004",
+        ):
             train(tiny(tmp_path))
     latest = RunDirectory(tmp_path).latest()
     assert latest is not None
     assert latest.step == 4
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000004"]
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [
+        "step-00000004"
+    ]
     train(tiny(tmp_path))
     assert contents(tmp_path) == contents(uncut.path)
 
 
-def test_the_first_checkpoint_that_fails_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_checkpoint_that_fails_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(runs, "sync", fail_on(1))
     with pytest.raises(CheckpointError, match="there is no earlier one"):
         train(tiny(tmp_path))
@@ -489,7 +663,8 @@ def test_the_first_checkpoint_that_fails_says_so(tmp_path: Path, monkeypatch: py
 def test_divergence_names_step_rate_and_checkpoint(tmp_path: Path) -> None:
     config = tiny(tmp_path, lr=1e30, log_every=1, checkpoint_every=1)
     with pytest.raises(
-        TrainingDivergedError, match=r"at step (\d+) \(learning rate .*last good checkpoint is"
+        TrainingDivergedError,
+        match=r"at step (\d+) \(learning rate .*last good checkpoint is",
     ) as caught:
         train(config)
     kept = RunDirectory(tmp_path).latest()
@@ -500,9 +675,14 @@ def test_divergence_names_step_rate_and_checkpoint(tmp_path: Path) -> None:
     assert all(torch.isfinite(tensor).all() for tensor in kept.weights().values())
 
 
-def test_divergence_before_any_checkpoint_finds_the_step_between_log_lines(tmp_path: Path) -> None:
-    # Step 1 has learning rate 0; step 2 takes the weights beyond float32, and step 3 sees it.
-    with pytest.raises(TrainingDivergedError, match=r"at step [23] .*there is no checkpoint yet"):
+def test_divergence_before_any_checkpoint_finds_the_step_between_log_lines(
+    tmp_path: Path,
+) -> None:
+    # Step 1 has learning rate 0; step 2 takes the weights beyond float32, and step 3
+    # sees it.
+    with pytest.raises(
+        TrainingDivergedError, match=r"at step [23] .*there is no checkpoint yet"
+    ):
         train(tiny(tmp_path, lr=1e30, log_every=6, checkpoint_every=12))
 
 
@@ -516,7 +696,9 @@ class Payload:
         return Path.touch, (self.path,)
 
 
-def test_a_checkpoint_that_would_execute_code_is_refused(tmp_path: Path, uncut: Finished) -> None:
+def test_a_checkpoint_that_would_execute_code_is_refused(
+    tmp_path: Path, uncut: Finished
+) -> None:
     uncut.copy(tmp_path)
     (tmp_path / "summary.json").unlink()
     target = tmp_path / "executed"

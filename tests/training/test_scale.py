@@ -1,4 +1,6 @@
-"""One run on several micro-batches, processes and shares of a model; what it shows meanwhile; compiling it."""
+"""One run on several micro-batches, processes and shares of a model; what it shows
+meanwhile; compiling it.
+"""
 
 import functools
 import json
@@ -50,9 +52,18 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def first_gradient(config: PretrainConfig) -> dict[str, Tensor]:
     """The gradient that the first step takes, by parameter."""
     accelerator = make_accelerator(config)
-    trainer = Trainer(config, open_data("digits"), RunDirectory(config.output_dir), accelerator, str, str)
+    trainer = Trainer(
+        config,
+        open_data("digits"),
+        RunDirectory(config.output_dir),
+        accelerator,
+        str,
+        str,
+    )
     taken: dict[str, Tensor] = {}
-    trainer.optimizer.step = lambda: taken.update({n: p.grad.clone() for n, p in trainer.model.named_parameters()})
+    trainer.optimizer.step = lambda: taken.update(
+        {n: p.grad.clone() for n, p in trainer.model.named_parameters()}
+    )
     trainer.update(next(iter(trainer.batches())).images)
     return taken
 
@@ -61,14 +72,26 @@ def first_gradient(config: PretrainConfig) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("accumulate", [2, 4, 16])
-def test_accumulated_gradient_is_the_whole_batchs(tmp_path: Path, accumulate: int) -> None:
-    one, many = first_gradient(tiny(tmp_path)), first_gradient(tiny(tmp_path, accumulate=accumulate))
+def test_accumulated_gradient_is_the_whole_batchs(
+    tmp_path: Path, accumulate: int
+) -> None:
+    one, many = (
+        first_gradient(tiny(tmp_path)),
+        first_gradient(tiny(tmp_path, accumulate=accumulate)),
+    )
     assert one.keys() == many.keys()
     for name in one:
-        torch.testing.assert_close(many[name], one[name], rtol=1e-5, atol=1e-6 * float(one[name].abs().max()) + 1e-8)
+        torch.testing.assert_close(
+            many[name],
+            one[name],
+            rtol=1e-5,
+            atol=1e-6 * float(one[name].abs().max()) + 1e-8,
+        )
 
 
-def test_a_run_in_micro_batches_logs_what_the_whole_one_does(tmp_path: Path, whole: Path) -> None:
+def test_a_run_in_micro_batches_logs_what_the_whole_one_does(
+    tmp_path: Path, whole: Path
+) -> None:
     train(tiny(tmp_path, accumulate=4))
     for one, many in zip(lines(whole), lines(tmp_path), strict=True):
         assert many == pytest.approx(one, rel=1e-5)
@@ -76,11 +99,16 @@ def test_a_run_in_micro_batches_logs_what_the_whole_one_does(tmp_path: Path, who
 
 def test_accumulate_may_change_when_a_run_goes_on(tmp_path: Path) -> None:
     train(tiny(tmp_path, max_steps=6))
-    assert any("continuing after step 6" in line for line in train(tiny(tmp_path, accumulate=2)))
+    assert any(
+        "continuing after step 6" in line
+        for line in train(tiny(tmp_path, accumulate=2))
+    )
 
 
 def lines(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 @pytest.mark.parametrize(
@@ -93,7 +121,9 @@ def lines(run: Path) -> list[dict]:
         ({"streaming": True}, "streaming=True: accepted is only with data=hf:"),
     ],
 )
-def test_settings_that_do_not_fit_are_named(tmp_path: Path, fields: dict, message: str) -> None:
+def test_settings_that_do_not_fit_are_named(
+    tmp_path: Path, fields: dict, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         tiny(tmp_path, **fields)
 
@@ -161,10 +191,21 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs of two processes over gloo, each on half of every batch."""
     root = tmp_path_factory.mktemp("two")
     (root / "driver.py").write_text(DRIVER)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
     base = json.dumps(tiny(root).to_dict())
     done = subprocess.run(
-        [*launch, str(root / "driver.py"), str(root), base], env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True
+        [*launch, str(root / "driver.py"), str(root), base],
+        env=ENVIRONMENT,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return root
@@ -172,22 +213,39 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.processes
 @pytest.mark.parametrize("kind", ["copies", "shares", "shares-accumulated"])
-def test_two_processes_take_the_gradient_of_one(tmp_path: Path, two: Path, kind: str) -> None:
-    one, joined = first_gradient(tiny(tmp_path)), load_file(two / f"gradient-{kind}.safetensors")
+def test_two_processes_take_the_gradient_of_one(
+    tmp_path: Path, two: Path, kind: str
+) -> None:
+    one, joined = (
+        first_gradient(tiny(tmp_path)),
+        load_file(two / f"gradient-{kind}.safetensors"),
+    )
     assert one.keys() == joined.keys()
     for name in one:
-        torch.testing.assert_close(joined[name], one[name], rtol=1e-5, atol=1e-6 * float(one[name].abs().max()) + 1e-8)
+        torch.testing.assert_close(
+            joined[name],
+            one[name],
+            rtol=1e-5,
+            atol=1e-6 * float(one[name].abs().max()) + 1e-8,
+        )
 
 
-@pytest.mark.parametrize("kind", ["copies", "copies-accumulated", "shares", "mixed", "mixed-back"])
+@pytest.mark.parametrize(
+    "kind", ["copies", "copies-accumulated", "shares", "mixed", "mixed-back"]
+)
 def test_two_processes_end_where_one_ends(two: Path, whole: Path, kind: str) -> None:
-    # Twelve steps of AdamW, whose first steps divide gradients by their own size: rounding is enlarged most there.
+    # Twelve steps of AdamW, whose first steps divide gradients by their own size:
+    # rounding is enlarged most there.
     for one, joined in zip(lines(whole), lines(two / kind), strict=True):
         assert joined == pytest.approx(one, rel=1e-4)
-    weights, others = (CrateMAE.from_pretrained(run).state_dict() for run in (whole, two / kind))
+    weights, others = (
+        CrateMAE.from_pretrained(run).state_dict() for run in (whole, two / kind)
+    )
     for name in weights:
         torch.testing.assert_close(others[name], weights[name], rtol=1e-3, atol=1e-4)
-    one, other = (json.loads((run / "summary.json").read_text()) for run in (whole, two / kind))
+    one, other = (
+        json.loads((run / "summary.json").read_text()) for run in (whole, two / kind)
+    )
     assert other["held_out_loss"] == pytest.approx(one["held_out_loss"], rel=1e-4)
 
 
@@ -195,22 +253,43 @@ def test_a_sharded_run_shows_what_others_show(two: Path) -> None:
     assert (two / "shares" / "pictures" / "step-00000012.png").is_file()
     assert list((two / "shares" / "tensorboard").iterdir())
     assert lines(two / "bf16") != lines(two / "shares")
-    assert lines(two / "bf16")[-1]["loss"] == pytest.approx(lines(two / "shares")[-1]["loss"], rel=0.05)
+    assert lines(two / "bf16")[-1]["loss"] == pytest.approx(
+        lines(two / "shares")[-1]["loss"], rel=0.05
+    )
 
 
 @pytest.mark.parametrize(
     "launcher",
     [
         ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
-        ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"],
+        [
+            "accelerate.commands.launch",
+            "--multi_gpu",
+            "--num_processes",
+            "2",
+            "--main_process_port",
+            "0",
+        ],
     ],
     ids=["torchrun", "accelerate"],
 )
 @pytest.mark.processes
-def test_the_same_command_under_both_launchers(tmp_path: Path, launcher: list[str]) -> None:
-    command = [sys.executable, "-m", *launcher, "-m", "crate_core.cli", "pretrain", *FLAGS]
+def test_the_same_command_under_both_launchers(
+    tmp_path: Path, launcher: list[str]
+) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        *launcher,
+        "-m",
+        "crate_core.cli",
+        "pretrain",
+        *FLAGS,
+    ]
     command += ["--max-steps", "2", "--output-dir", str(tmp_path / "run")]
-    done = subprocess.run(command, env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        command, env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("2 processes") == 1  # said once, by the first
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 2
@@ -221,7 +300,14 @@ def test_one_process_has_nothing_to_share(tmp_path: Path, whole: Path) -> None:
     config = tiny(tmp_path, shard=True)
     train(config)
     assert contents(tmp_path) == contents(whole)
-    trainer = Trainer(config, open_data("digits"), RunDirectory(tmp_path / "x"), make_accelerator(config), str, str)
+    trainer = Trainer(
+        config,
+        open_data("digits"),
+        RunDirectory(tmp_path / "x"),
+        make_accelerator(config),
+        str,
+        str,
+    )
     assert not isinstance(trainer.wrapped, FSDPModule)
 
 
@@ -235,7 +321,10 @@ def test_showing_more_does_not_change_a_run(tmp_path: Path, whole: Path) -> None
     train(tiny(tmp_path, tensorboard=True, picture_every=5, max_steps=6))
     train(tiny(tmp_path, tensorboard=True, picture_every=5))
     assert contents(tmp_path) == contents(whole)
-    assert sorted(p.name for p in (tmp_path / "pictures").iterdir()) == ["step-00000005.png", "step-00000010.png"]
+    assert sorted(p.name for p in (tmp_path / "pictures").iterdir()) == [
+        "step-00000005.png",
+        "step-00000010.png",
+    ]
     with Image.open(tmp_path / "pictures" / "step-00000010.png") as picture:
         picture.load()
     events = EventAccumulator(str(tmp_path / "tensorboard"))
@@ -244,12 +333,19 @@ def test_showing_more_does_not_change_a_run(tmp_path: Path, whole: Path) -> None
     for name in ("loss", "gradient_norm", "lr", "epoch"):
         shown = events.Scalars(name)
         assert [event.step for event in shown] == [3, 6, 9, 12]
-        assert [event.value for event in shown] == pytest.approx([line[name] for line in logged])
+        assert [event.value for event in shown] == pytest.approx(
+            [line[name] for line in logged]
+        )
     assert [event.step for event in events.Images("reconstructions")] == [5, 10]
-    timing = [json.loads(line) for line in (tmp_path / "timing.jsonl").read_text().splitlines()]
+    timing = [
+        json.loads(line)
+        for line in (tmp_path / "timing.jsonl").read_text().splitlines()
+    ]
     assert [line["step"] for line in timing] == [3, 6, 9, 12]
     for line in timing:
-        assert line["images_per_second"] == pytest.approx(3 * 16 / line["seconds"], rel=0.01)
+        assert line["images_per_second"] == pytest.approx(
+            3 * 16 / line["seconds"], rel=0.01
+        )
 
 
 # -- the loss that is normal
@@ -261,11 +357,16 @@ def test_a_band_holds_its_own_lines_and_not_others() -> None:
 
     def log(offset: float) -> list[dict]:
         noise = 0.01 * torch.randn(len(epochs), generator=generator)
-        return [{"epoch": e, "loss": 1 / (1 + e) + offset + float(z)} for e, z in zip(epochs, noise, strict=True)]
+        return [
+            {"epoch": e, "loss": 1 / (1 + e) + offset + float(z)}
+            for e, z in zip(epochs, noise, strict=True)
+        ]
 
     band = expected.loss_band([log(0.0), log(0.005), log(-0.005)])
     assert band[-1]["epoch"] == pytest.approx(epochs[-1])
-    assert [point["epoch"] for point in band] == sorted(point["epoch"] for point in band)
+    assert [point["epoch"] for point in band] == sorted(
+        point["epoch"] for point in band
+    )
     for point in band:
         normal = 1 / (1 + point["epoch"])
         assert point["low"] < normal < point["high"]
@@ -275,19 +376,31 @@ def test_a_band_holds_its_own_lines_and_not_others() -> None:
         expected.loss_band([log(0.0)[:1]])
 
 
-def test_what_is_normal_is_said_for_the_unchanged_preset_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    points = [{"epoch": e, "mean": m, "low": m - 0.1, "high": m + 0.1} for e, m in ((1.0, 1.0), (4.0, 0.5), (8.0, 0.3))]
+def test_what_is_normal_is_said_for_the_unchanged_preset_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    points = [
+        {"epoch": e, "mean": m, "low": m - 0.1, "high": m + 0.1}
+        for e, m in ((1.0, 1.0), (4.0, 0.5), (8.0, 0.3))
+    ]
     bands = {"digits": {"pictures": 1438, "points": points}}
     monkeypatch.setattr(expected, "measured", lambda: bands)
     config = PretrainConfig.from_preset("digits", seed=7, data="hf:elsewhere")
     assert expected.expected_at(config, 1438, 1.0) == pytest.approx((0.9, 1.1))
-    assert expected.expected_at(config, 1438, 2.0) == pytest.approx((0.65, 0.85))  # half-way in the logarithm
+    # half-way in the logarithm
+    assert expected.expected_at(config, 1438, 2.0) == pytest.approx((0.65, 0.85))
     assert expected.expected_at(config, 1438, 8.0) == pytest.approx((0.2, 0.4))
     assert expected.expected_at(config, 1438, 0.5) is None
     assert expected.expected_at(config, 1438, 9.0) is None
     assert expected.expected_at(config, 1437, 2.0) is None
-    assert expected.expected_at(PretrainConfig.from_preset("digits", lr=1e-3), 1438, 2.0) is None
-    assert expected.expected_at(PretrainConfig.from_preset("imagenet-base"), 1438, 2.0) is None
+    assert (
+        expected.expected_at(PretrainConfig.from_preset("digits", lr=1e-3), 1438, 2.0)
+        is None
+    )
+    assert (
+        expected.expected_at(PretrainConfig.from_preset("imagenet-base"), 1438, 2.0)
+        is None
+    )
 
 
 def test_shipped_bands_belong_to_presets() -> None:
@@ -300,12 +413,23 @@ def test_shipped_bands_belong_to_presets() -> None:
         assert final is None or final[0] < last["high"]
 
 
-def test_a_run_says_whether_its_loss_is_normal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_run_says_whether_its_loss_is_normal(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     import crate_core.training.progress as progress
 
     monkeypatch.setattr(progress, "expected_at", lambda *_: (0.0, 0.1))
-    said = [line for line in train(tiny(tmp_path)) if "normal at this point: 0.000 to 0.100  <- outside" in line]
-    assert [line.partition(",")[0] for line in said] == ["step 3", "step 6", "step 9", "step 12"]
+    said = [
+        line
+        for line in train(tiny(tmp_path))
+        if "normal at this point: 0.000 to 0.100  <- outside" in line
+    ]
+    assert [line.partition(",")[0] for line in said] == [
+        "step 3",
+        "step 6",
+        "step 9",
+        "step 12",
+    ]
 
 
 # -- torch.compile
@@ -316,18 +440,33 @@ def test_a_run_says_whether_its_loss_is_normal(monkeypatch: pytest.MonkeyPatch, 
     "config",
     [
         CrateMAEConfig.preset("digits", dim=16, depth=1, heads=2),
-        CrateMAEConfig.preset("digits", dim=16, depth=1, heads=2, encode_visible_only=True, normalize_targets=True),
-        ViTMAEConfig.preset("cifar10-tiny", image_size=8, dim=16, depth=1, heads=2, decoder_dim=16),
+        CrateMAEConfig.preset(
+            "digits",
+            dim=16,
+            depth=1,
+            heads=2,
+            encode_visible_only=True,
+            normalize_targets=True,
+        ),
+        ViTMAEConfig.preset(
+            "cifar10-tiny", image_size=8, dim=16, depth=1, heads=2, decoder_dim=16
+        ),
     ],
     ids=["crate", "visible-only", "vit"],
 )
-def test_the_training_step_compiles_without_a_graph_break(config: CrateMAEConfig | ViTMAEConfig) -> None:
+def test_the_training_step_compiles_without_a_graph_break(
+    config: CrateMAEConfig | ViTMAEConfig,
+) -> None:
     from crate_core.model.build import build_model
 
     model = build_model(config)
-    images, noise = torch.rand(2, config.channels, 8, 8), torch.rand(2, model.positions.shape[0] - 1)
+    images, noise = (
+        torch.rand(2, config.channels, 8, 8),
+        torch.rand(2, model.positions.shape[0] - 1),
+    )
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend="eager", fullgraph=True)  # raises at a graph break
+    # raises at a graph break
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
     loss = compiled(images, 0.75, noise).loss
     loss.backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
@@ -341,10 +480,24 @@ def test_the_training_step_compiles_without_a_graph_break(config: CrateMAEConfig
 
 
 @pytest.mark.processes
-def test_runs_of_one_process_may_remove_different_shares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # A number that changed between runs is taken as unknown by torch.compile, and with it the encoder's tokens.
+def test_runs_of_one_process_may_remove_different_shares(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A number that changed between runs is taken as unknown by torch.compile, and with
+    # it the encoder's tokens.
     torch.compiler.reset()
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(
+        torch, "compile", functools.partial(torch.compile, backend="eager")
+    )
     model = replace(TINY, encode_visible_only=True)
     for ratio in (0.75, 0.5, 0.25):
-        train(tiny(tmp_path / str(ratio), model=model, mask_ratio=ratio, precision="bf16", compile=True, max_steps=2))
+        train(
+            tiny(
+                tmp_path / str(ratio),
+                model=model,
+                mask_ratio=ratio,
+                precision="bf16",
+                compile=True,
+                max_steps=2,
+            )
+        )
