@@ -1,5 +1,5 @@
-r"""Seconds that imports and the command line take, in fresh processes: ``python
-benchmarks/startup.py``.
+r"""Seconds that imports and the command line take, in fresh processes:
+``python benchmarks/startup.py``.
 
 Each is run some times in turn after one run that warms the disk; the median is
 reported.  Writes ``results/startup.json``.

@@ -1,7 +1,7 @@
 """The package that the book *CRATE-MAE, executed* builds chapter by chapter.
 
-Names are imported from their modules when they are first used, so that ``import
-crate_core`` costs nothing and the command line answers without torch.
+Names are imported from their modules when they are first used, so that
+``import crate_core`` costs nothing and the command line answers without torch.
 """
 
 from importlib import import_module

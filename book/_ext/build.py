@@ -32,6 +32,7 @@ def build(root: Path = ROOT, extra: tuple[str, ...] = ()) -> int:
         start,
         "build",
         str(root),
+        "-q",  # what Sphinx does, page by page, is nobody's news; warnings are shown
         "-W",
         "-n",
         "--keep-going",
@@ -41,6 +42,7 @@ def build(root: Path = ROOT, extra: tuple[str, ...] = ()) -> int:
     # runs another chapter.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     all_ran = execute_book(root)
+    print("All chapters have run; writing the pages.", flush=True)
     status = subprocess.run(command, cwd=root, check=False).returncode
     if status == 0 and not all_ran:
         # it failed once and ran through in Sphinx: outputs that depend on chance

@@ -107,8 +107,7 @@ def check_claim(claim: Claim, boxes: Counter[str], root: Path) -> list[str]:
 
 
 def test_exists(test: str, root: Path) -> bool:
-    """Whether `tests/test_x.py::test_y` (or `::TestX::test_y`) names a test function.
-    """
+    """Whether `tests/test_x.py::test_y` (or `::TestX::test_y`) names a test function."""
     path, *names = test.split("::")
     if not names or not (root / path).is_file():
         return False

@@ -61,6 +61,15 @@ def read_page(path: Path, root: Path, config: dict) -> NotebookNode:
     )
 
 
+def to_log(log: Path) -> None:
+    """Send what kernels say of themselves, on the process's own stderr, to a file.
+
+    What a cell writes to stderr reaches its notebook by another way and still counts.
+    """
+    with log.open("a", encoding="utf8") as file:
+        os.dup2(file.fileno(), 2)
+
+
 def run_page(path: Path, notebook: NotebookNode, timeout: int) -> Executed:
     """Execute a notebook in its folder, as MyST-NB does."""
     done = single_nb_execution(
@@ -100,7 +109,11 @@ def execute_pages(root: Path, paths: Iterable[Path], workers: int) -> list[Execu
     # one of those.
     order = sorted(todo, key=lambda path: -last.get(str(path), float("inf")))
     failed = []
-    with ProcessPoolExecutor(max_workers=max(1, min(workers, len(order)))) as pool:
+    with ProcessPoolExecutor(
+        max_workers=max(1, min(workers, len(order))),
+        initializer=to_log,
+        initargs=(root / "_build" / "kernels.log",),
+    ) as pool:
         running = [pool.submit(run_page, path, *todo[path]) for path in order]
         for number, future in enumerate(as_completed(running), start=1):
             done = future.result()

@@ -226,8 +226,7 @@ def reading_order(env: BuildEnvironment) -> list[str]:
 
 
 def collect(app: Sphinx, doctree: nodes.document) -> None:
-    """After a page is read and executed: its claims, and whether their boxes are there.
-    """
+    """After a page is read and executed: its claims, and whether their boxes are there."""
     docname, kept = app.env.docname, store(app.env)
     text = Path(app.env.doc2path(docname)).read_text(encoding="utf8")
     claims, problems = read_claims(text, docname) if is_notebook(text) else ([], [])

@@ -50,8 +50,7 @@ class Stream(IntEnum):
 
 
 def random_key(*numbers: int) -> int:
-    """A 63-bit seed from nonnegative integers, well mixed (numpy's ``SeedSequence``).
-    """
+    """A 63-bit seed from nonnegative integers, well mixed (numpy's ``SeedSequence``)."""
     return int(
         np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1)
     )

@@ -72,8 +72,7 @@ class UnreadableImageError(ValueError):
 
 
 class ImageSource(ABC):
-    """Numbered pictures, with integer ``labels`` (n,) or ``None`` when there are none.
-    """
+    """Numbered pictures, with integer ``labels`` (n,) or ``None`` when there are none."""
 
     labels: np.ndarray | None = None
 

@@ -17,8 +17,7 @@ from crate_core.theory.rate import check_tokens
 
 
 def check_vectors(z: TokenVectors) -> None:
-    """Raise ``ValueError`` unless z are floating-point vectors of at least two entries.
-    """
+    """Raise ``ValueError`` unless z are floating-point vectors of at least two entries."""
     if z.ndim < 1 or z.shape[-1] < 2 or not z.is_floating_point():
         raise ValueError(
             f"vectors must be floating point, (..., d) with d >= 2, got {z.dtype} {tuple(z.shape)}"

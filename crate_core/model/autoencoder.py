@@ -130,8 +130,7 @@ class MaskedAutoencoder(SavedModel):
         return mean, std
 
     def _check_images(self, images: Tensor) -> tuple[int, int]:
-        """The patch grid of the images; ``ValueError`` names what is wrong with them.
-        """
+        """The patch grid of the images; ``ValueError`` names what is wrong with them."""
         channels = self.config.channels
         if images.ndim != 4 or images.shape[1] != channels:
             raise ValueError(

@@ -31,8 +31,7 @@ class Encoder(nn.Module):
 
 
 def example_images(model: MaskedAutoencoder) -> Images:
-    """Two blank pictures of the model's size on its device; what tracing needs to see.
-    """
+    """Two blank pictures of the model's size on its device; what tracing needs to see."""
     return torch.zeros(
         2,
         model.config.channels,

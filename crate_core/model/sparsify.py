@@ -260,8 +260,7 @@ class ISTA(nn.Module):
         nn.init.kaiming_uniform_(self.weight)
 
     def forward(self, z: Tokens) -> Tokens:
-        """Tokens (..., n, d) to nonnegative tokens (..., n, d).  Book: :ref:`ch-ista`.
-        """
+        """Tokens (..., n, d) to nonnegative tokens (..., n, d).  Book: :ref:`ch-ista`."""
         return ista(z, self.weight, self.eta, self.lambd)
 
 

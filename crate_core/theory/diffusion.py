@@ -169,8 +169,8 @@ def reverse_sde(
     ----------
     mixture : the density whose score drives the process.
     z : tensor (..., d).
-    sigma_from, sigma_to : positive noise levels per coordinate, ``sigma_to <
-        sigma_from``.
+    sigma_from, sigma_to : positive noise levels per coordinate,
+        ``sigma_to < sigma_from``.
     steps : number of steps, on the geometric grid of :func:`noise_levels`.
 
     Raises ``ValueError`` if the levels are not positive and decreasing, or steps < 1.

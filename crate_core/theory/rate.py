@@ -140,8 +140,7 @@ def _shrink(v: Tensor, weight: float) -> Tensor:
 
 
 def _at_least_single(z: Tensor) -> Tensor:
-    """Half-precision tensors as float32, which factorisations need; others as they are.
-    """
+    """Half-precision tensors as float32, which factorisations need; others as they are."""
     return z.float() if z.dtype in (torch.float16, torch.bfloat16) else z
 
 

@@ -87,8 +87,7 @@ class Progress:
             self.writer.close()
 
     def line(self, record: Mapping[str, Any]) -> None:
-        """Show a line of the metrics log, with the images a second since the last one.
-        """
+        """Show a line of the metrics log, with the images a second since the last one."""
         if not self.main:
             return
         step, now = record["step"], time.perf_counter()
@@ -117,8 +116,7 @@ class Progress:
                     self.writer.add_scalar(name, value, step)
 
     def remark(self, record: Mapping[str, Any]) -> None:
-        """Say ten times in a run whether the loss is normal, where that was measured.
-        """
+        """Say ten times in a run whether the loss is normal, where that was measured."""
         step, batch = record["step"], self.config.log_every
         if step * REMARKS // self.stop == (step - batch) * REMARKS // self.stop:
             return

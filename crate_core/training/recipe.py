@@ -253,8 +253,7 @@ class PretrainConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "PretrainConfig":
-        """The record that :meth:`to_dict` wrote; ``ValueError`` names unknown fields.
-        """
+        """The record that :meth:`to_dict` wrote; ``ValueError`` names unknown fields."""
         unknown = sorted(values.keys() - {f.name for f in fields(cls)})
         if unknown:
             raise ValueError(

@@ -43,8 +43,7 @@ VOID = {"meta", "img", "br", "hr", "link", "input"}
 
 
 class Page(HTMLParser):
-    """Headings, pictures, links and the text of a page; raises when tags do not nest.
-    """
+    """Headings, pictures, links and the text of a page; raises when tags do not nest."""
 
     def __init__(self, text: str) -> None:
         super().__init__()

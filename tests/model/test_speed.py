@@ -1,5 +1,4 @@
-"""What a step costs, counted: operations, kernels, bytes that are kept.  Never seconds.
-"""
+"""What a step costs, counted: operations, kernels, bytes that are kept.  Never seconds."""
 
 import copy
 import sys

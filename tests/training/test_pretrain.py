@@ -56,8 +56,7 @@ from crate_core.training.yardsticks import trivial_loss
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Bits are compared at one thread, which is what the processes of these tests have.
-    """
+    """Bits are compared at one thread, which is what the processes of these tests have."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -66,8 +65,7 @@ def one_thread() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Finished:
-    """The uncut run, what it said, and whether it left the global random state alone.
-    """
+    """The uncut run, what it said, and whether it left the global random state alone."""
 
     path: Path
     said: list[str]
