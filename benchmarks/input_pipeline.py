@@ -28,7 +28,7 @@ from torchvision.transforms import functional as F
 
 from crate_core.data.batches import TrainingPictures
 from crate_core.data.named import open_data
-from crate_core.data.sources import open_picture
+from crate_core.data.pictures import open_picture
 from crate_core.data.transforms import (
     crop_box,
     crop_flip,

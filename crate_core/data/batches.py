@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from crate_core.data.sources import ImageSource, Picture, UnreadableImageError
+from crate_core.data.pictures import Picture, UnreadableImageError
+from crate_core.data.sources import ImageSource
 from crate_core.data.transforms import CROP_SCALE as CROP_SCALE
 from crate_core.data.transforms import Size, crop_flip, fit, mixed, raw_tensor
 from crate_core.data.transforms import augmented as augmented

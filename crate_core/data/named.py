@@ -7,22 +7,29 @@ asked for.
 Book: :ref:`ch-first-training`.
 """
 
+import glob
 import io
-import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
+from crate_core.data.folders import counted, folder
+from crate_core.data.parts import (
+    chosen_parts,
+    exact_part,
+    parquet_parts,
+    visible_parquet,
+)
+from crate_core.data.pictures import Picture, as_shown, open_picture
 from crate_core.data.sources import (
     HELD_OUT,
     ImageData,
     ImageSource,
-    Picture,
     digits,
-    folder,
-    open_picture,
     split_source,
 )
 
@@ -45,12 +52,22 @@ class TableImages(ImageSource):
         return f"{self.origin} row {index}"
 
     def decode(self, index: int) -> Picture:
-        cell = self.table[index][self.column]
-        if cell is None or (cell["bytes"] is None and cell["path"] is None):
-            raise ValueError("the row holds no image")
-        return open_picture(
-            cell["path"] if cell["bytes"] is None else io.BytesIO(cell["bytes"])
-        )
+        return open_picture(cell_file(self.table[index][self.column]))
+
+
+def cell_file(cell: Any) -> str | io.BytesIO:
+    """What to open of a cell of an image column: its bytes, or the path that it names.
+
+    Raises ``ValueError`` if it holds neither.
+    """
+    if isinstance(cell, bytes):
+        return io.BytesIO(cell)
+    if cell is not None and cell["bytes"] is not None:
+        return io.BytesIO(cell["bytes"])
+    if cell is None or cell["path"] is None:
+        raise ValueError("the row holds no image")
+    path: str = cell["path"]
+    return path
 
 
 @dataclass(eq=False)
@@ -68,7 +85,8 @@ class PairImages(ImageSource):
         return f"{self.origin} picture {index}"
 
     def decode(self, index: int) -> Picture:
-        return self.pairs[index][0]
+        image = self.pairs[index][0]
+        return image if isinstance(image, Tensor) else as_shown(image)
 
 
 TORCHVISION_PARTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -137,132 +155,282 @@ def torchvision_data(name: str, root: str | Path) -> ImageData:
     )
 
 
-def parquet_parts(path: Path) -> tuple[list[str], list[str]]:
-    """Parquet files to train on and held-out ones, told apart by ``train`` and ``test``
-    (``val``) in their names.
+IMAGE_COLUMNS = ("image", "img")
+"""Names that an image column is preferred by, in this order and any case."""
 
-    A single file whose name holds ``train`` is joined by the file beside it that holds
-    ``test``, ``val`` or ``validation`` instead; the second list is empty when nothing
-    is set apart.
 
-    Raises ``ValueError`` if a folder holds no parquet file.
+def read_shards(files: Sequence[Path]) -> int:
+    """The number of rows of parquet files, from their ends.
+
+    Raises ``ValueError`` naming the first that is damaged.
     """
-    if path.is_file():
-        beside = (
-            path.with_name(path.name.replace("train", part))
-            for part in ("validation", "val", "test")
-        )
-        held_out = [
-            str(other) for other in beside if other != path and other.is_file()
-        ][:1]
-        return [str(path)], held_out
-    files = sorted(path.rglob("*.parquet"))
-    if not files:
-        raise ValueError(f"the folder {path} holds no .parquet file")
-    held_out = [str(file) for file in files if re.search(r"test|val", file.name)]
-    return [str(file) for file in files if str(file) not in held_out], held_out
+    import pyarrow
+    import pyarrow.parquet
+
+    count = 0
+    for file in files:
+        try:
+            count += pyarrow.parquet.read_metadata(file).num_rows
+        # what a damaged thrift footer raises is no short list
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
+            raise ValueError(f"{file} is not readable parquet: {error}") from error
+    return count
 
 
-def hugging_face(location: str) -> ImageData:
-    """A dataset in the Hugging Face image schema: parquet files here, or a name on the
-    Hub.
+def damaged_shard(files: Sequence[Path]) -> str:
+    """Which of some parquet files cannot be read to its end, and why; "" if all can."""
+    import pyarrow
+    import pyarrow.parquet
 
-    The image column is the one of image type (``image``, ``img``, or the only struct of
-    ``bytes`` and ``path``), the label column ``label`` or the only column of class
-    labels; labels may be absent.
+    for file in files:
+        try:
+            with pyarrow.parquet.ParquetFile(file) as opened:
+                for _ in opened.iter_batches():
+                    pass
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
+            return f"{file} is not readable parquet: {error}"
+    return ""
+
+
+def hub_parts(names: Sequence[str], origin: str) -> dict[str, str]:
+    """Splits of a Hub dataset by the part that their names speak of; a dataset of one
+    split is to train on, whatever its name.
+
+    Raises ``ValueError`` if several splits name no part to train on.
+    """
+    if len(names) == 1:
+        return {"train": names[0]}
+    by_part: dict[str, str] = {}
+    for name in names:
+        exact = exact_part(name)
+        if exact is not None:
+            by_part.setdefault(exact, name)
+    chosen_parts(list(by_part) or list(names), origin)
+    return by_part
+
+
+def open_tables(
+    location: str, streaming: bool
+) -> tuple[dict[str, Any], dict[str, int | None], list[str]]:
+    """Hugging Face tables by part ("train" and perhaps "validation" or "test"), their
+    numbers of rows, ``None`` where not known, and what was left out.
 
     Raises
     ------
     FileNotFoundError
         If there is no such file and the Hub does not give a dataset of that name.
     ValueError
-        If the table has no image column.
+        If a parquet file is damaged, or names leave open which part is which.
     """
     import datasets
 
     path = Path(location).expanduser()
     origin = f"hf:{location}"
     if path.exists():
-        train_files, held_out_files = parquet_parts(path)
-        files = {
-            "train": train_files,
-            **({"test": held_out_files} if held_out_files else {}),
+        files = parquet_parts(path)
+        taken = chosen_parts(list(files), origin)
+        chosen = {part: files[part] for part in taken if part is not None}
+        counts: dict[str, int | None] = {
+            part: read_shards(of) for part, of in chosen.items()
         }
         try:
-            tables = datasets.load_dataset("parquet", data_files=files)
-        except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
+            tables = datasets.load_dataset(
+                "parquet",
+                data_files={
+                    part: [glob.escape(str(f.absolute())) for f in of]
+                    for part, of in chosen.items()
+                },
+                streaming=streaming,
+            )
+        except (ValueError, OSError, datasets.exceptions.DatasetGenerationError) as e:
             # pyarrow's errors are ValueErrors
+            found = damaged_shard([f for of in chosen.values() for f in of])
             raise ValueError(
-                f"{origin} is not readable parquet: {error.__cause__ or error}"
-            ) from error
-    elif path.suffix == ".parquet" or path.is_absolute():
+                found or f"{origin} is not readable parquet: {e.__cause__ or e}"
+            ) from e
+        left_out = [
+            f"{counted(len(of), 'file')} of the part {part}"
+            for part, of in files.items()
+            if part not in chosen
+        ]
+        every = {f for of in files.values() for f in of}
+        if path.is_dir() and (
+            rest := [f for f in visible_parquet(path) if f not in every]
+        ):
+            left_out.append(
+                f"{counted(len(rest), 'file')} whose names speak of no part, such as "
+                f"{rest[0].relative_to(path)}"
+            )
+        return dict(tables), counts, left_out
+    if path.suffix == ".parquet" or path.is_absolute():
         raise FileNotFoundError(f"there is no file {path}")
-    else:
-        try:
-            tables = datasets.load_dataset(location)
-        except (OSError, datasets.exceptions.DatasetNotFoundError) as error:
-            raise FileNotFoundError(
-                f"{origin} is neither a file here nor a dataset the Hub gave: {error}"
-            ) from error
-    train_name = "train" if "train" in tables else next(iter(tables))
-    train, classes = table_images(tables[train_name], origin)
-    held_out_name = next(
-        (name for name in ("validation", "val", "test") if name in tables), None
+    try:
+        tables = datasets.load_dataset(location, streaming=streaming)
+    except (OSError, datasets.exceptions.DatasetNotFoundError) as error:
+        raise FileNotFoundError(
+            f"{origin} is neither a file here nor a dataset the Hub gave: {error}"
+        ) from error
+    names = hub_parts(list(tables), origin)
+    taken = chosen_parts(list(names), origin)
+    chosen_names = {part: names[part] for part in taken if part is not None}
+    counts = {
+        part: getattr((tables[n].info.splits or {}).get(n), "num_examples", None)
+        or None
+        for part, n in chosen_names.items()
+    }
+    left_out = [f"the split {n}" for n in tables if n not in chosen_names.values()]
+    return {part: tables[n] for part, n in chosen_names.items()}, counts, left_out
+
+
+def hugging_face(location: str) -> ImageData:
+    """A dataset in the Hugging Face image schema: parquet files here, or a name on the
+    Hub.
+
+    The image column is ``image`` or ``img``, else the only one that holds images
+    (:func:`image_column`); labels are those of :func:`label_column` and may be absent.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file and the Hub does not give a dataset of that name.
+    ValueError
+        If a file is damaged, the table has no image column or several without one of
+        these names, or names leave open which part is which.
+    """
+    origin = f"hf:{location}"
+    tables, _, left_out = open_tables(location, streaming=False)
+    held_out_name = next((name for name in tables if name != "train"), None)
+    column = image_column(tables["train"].features, origin)
+    label = label_column(tables["train"].features)
+    values = {
+        name: None
+        if label is None or label not in table.column_names
+        else table[label][:]
+        for name, table in tables.items()
+    }
+    typed = None if label is None else tables["train"].features[label]
+    labels, classes, said = class_numbers(values, typed)
+    columns = [f"images in {column!r}", said.format(column=label)]
+    sources = {}
+    for name, table in tables.items():
+        if image_column(table.features, origin) != column:
+            raise ValueError(
+                f"{origin}: the part {name} has no image column {column!r}"
+            )
+        sources[name] = TableImages(
+            encoded_column(table, column), column, origin, labels[name]
+        )
+    if held_out_name is None:
+        return split_source(
+            sources["train"], classes, HELD_OUT, origin, left_out, columns
+        )
+    train, held_out = sources["train"], sources[held_out_name]
+    description = (
+        f"{origin}: {len(train):,} to train on (train), {len(held_out):,} held out "
+        f"({held_out_name})"
     )
-    if held_out_name in (None, train_name):
-        return split_source(train, classes, HELD_OUT, origin)
-    held_out, _ = table_images(tables[held_out_name], origin)
-    description = f"{origin}: {len(train):,} to train on ({train_name}), {len(held_out):,} held out ({held_out_name})"
-    return ImageData(train, held_out, tuple(classes), description)
+    return ImageData(
+        train, held_out, tuple(classes), description, tuple(left_out), tuple(columns)
+    )
 
 
 def image_column(features: Any, origin: str) -> str:
-    """The first column that holds images; ``ValueError`` if there is none."""
+    """The column of images: ``image`` or ``img`` in any case, else the only one of image
+    type, a struct of ``bytes`` and ``path``, or bytes under one of these names.
+
+    Raises ``ValueError`` if there is none, or several and none has such a name.
+    """
     import datasets
 
-    def holds_images(feature: Any) -> bool:
-        return isinstance(feature, datasets.Image) or (
-            isinstance(feature, dict) and {"bytes", "path"} <= feature.keys()
+    def holds_images(name: str, feature: Any) -> bool:
+        return (
+            isinstance(feature, datasets.Image)
+            or (isinstance(feature, dict) and {"bytes", "path"} <= feature.keys())
+            or (
+                name.lower() in IMAGE_COLUMNS
+                and getattr(feature, "dtype", None) in ("binary", "large_binary")
+            )
         )
 
-    columns = [name for name, feature in features.items() if holds_images(feature)]
+    columns = [
+        name for name, feature in features.items() if holds_images(name, feature)
+    ]
     if not columns:
         raise ValueError(
-            f"{origin} has no image column (struct of bytes and path); its columns: {list(features)}"
+            f"{origin} has no image column (struct of bytes and path); its columns: "
+            f"{list(features)}"
+        )
+    for wanted in IMAGE_COLUMNS:
+        named = [name for name in columns if name.lower() == wanted]
+        if len(named) == 1:
+            return named[0]
+    if len(columns) > 1:
+        raise ValueError(
+            f"{origin} has several columns of images, {columns}: name the one to read "
+            f"{' or '.join(IMAGE_COLUMNS)}"
         )
     return columns[0]
 
 
-def table_images(table: Any, origin: str) -> tuple[TableImages, list[str]]:
-    """Pictures and class names of one Hugging Face table; ``ValueError`` if no column
-    holds images.
+def encoded_column(table: Any, column: str) -> Any:
+    """The table with the images of ``column`` left encoded."""
+    import datasets
+
+    feature = table.features[column] if table.features else None
+    if getattr(feature, "dtype", None) in ("binary", "large_binary"):
+        return table
+    return table.cast_column(column, datasets.Image(decode=False))
+
+
+def label_column(features: Any) -> str | None:
+    """The column of labels: ``label`` in any case, else the only one of class labels."""
+    import datasets
+
+    named = [name for name in features if name.lower() == "label"]
+    typed = [
+        name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)
+    ]
+    return next((of[0] for of in (named, typed) if len(of) == 1), None)
+
+
+def class_numbers(
+    values: Mapping[str, Sequence[Any] | None], typed: Any
+) -> tuple[dict[str, np.ndarray | None], list[str], str]:
+    """Labels of all parts as class numbers, the classes' names, and a word on how.
+
+    A column of class labels keeps its numbers.  Otherwise any hashable values are
+    classes, in sorted order over all parts together: 1 and 2 are classes 0 and 1.  What
+    is missing (null, NaN, a negative class label) is -1; lists and other values that
+    cannot be hashed are no labels at all.
     """
     import datasets
 
-    column = image_column(table.features, origin)
-    typed = [
-        name
-        for name, feature in table.features.items()
-        if isinstance(feature, datasets.ClassLabel)
-    ]
-    label = (
-        "label"
-        if "label" in table.column_names
-        else (typed[0] if len(typed) == 1 else None)
-    )
-    labels = (
-        None
-        if label is None
-        else np.asarray(table.with_format("numpy")[label][:], dtype=np.int64)
-    )
-    if labels is None or label is None:
-        classes = []
-    elif isinstance(table.features[label], datasets.ClassLabel):
-        classes = list(table.features[label].names)
+    nothing: dict[str, np.ndarray | None] = dict.fromkeys(values)
+    given = {part: of for part, of in values.items() if of is not None}
+    if not given:
+        return nothing, [], "no label column"
+
+    def missing(value: Any) -> bool:
+        return value is None or value != value
+
+    try:
+        distinct = {v for of in given.values() for v in of if not missing(v)}
+    except TypeError:
+        return nothing, [], "no labels ({column!r} holds what is no class)"
+    if isinstance(typed, datasets.ClassLabel):
+        number = {v: max(int(v), -1) for v in distinct}
+        classes = list(typed.names)
     else:
-        classes = [str(k) for k in np.unique(labels)]
-    encoded = table.cast_column(column, datasets.Image(decode=False))
-    return TableImages(encoded, column, origin, labels), classes
+        try:
+            ordered = sorted(distinct)
+        except TypeError:  # of several types, or without an order
+            ordered = sorted(distinct, key=lambda v: (type(v).__name__, str(v)))
+        number = {value: k for k, value in enumerate(ordered)}
+        classes = [str(value) for value in ordered]
+    labels = dict(nothing)
+    for part, of in given.items():
+        labels[part] = np.array([number.get(v, -1) for v in of], dtype=np.int64)
+    return labels, classes, "labels in {column!r}"
 
 
 def open_data(spec: str, root: str | Path = "data") -> ImageData:

@@ -8,9 +8,6 @@ run's seed, so that evaluation never sees a picture that pretraining saw.
 Book: :ref:`ch-first-training`.
 """
 
-import io
-import os
-import struct
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -18,21 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-IMAGE_EXTENSIONS = (
-    ".jpg",
-    ".jpeg",
-    ".png",
-    ".bmp",
-    ".webp",
-    ".tif",
-    ".tiff",
-    ".ppm",
-    ".pgm",
-)
-"""File names that count as images, in any case."""
+from crate_core.data.pictures import Picture, UnreadableImageError, open_picture
 
 SPLIT_SEED = 0
 """Seed of the held-out split; fixed, whatever the run's seed."""
@@ -44,31 +29,6 @@ rounded.
 
 HELD_OUT = 0.1
 """Share that is held out of a source without a test or validation part of its own."""
-
-DECODING_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    struct.error,
-    Image.DecompressionBombError,
-)
-"""What Pillow raises on damaged files of the formats above."""
-
-Picture = Image.Image | Tensor
-
-
-class UnreadableImageError(ValueError):
-    """A picture that cannot be decoded; ``name`` says which, ``reason`` what the
-    decoder said.
-    """
-
-    def __init__(self, name: str, reason: str) -> None:
-        super().__init__(f"{name}: {reason}")
-        self.name, self.reason = name, reason
-
-    def __reduce__(self) -> tuple[type, tuple[str, str]]:
-        return type(self), (self.name, self.reason)
 
 
 class ImageSource(ABC):
@@ -85,7 +45,7 @@ class ImageSource(ABC):
 
     @abstractmethod
     def decode(self, index: int) -> Picture:
-        """Picture ``index``; may raise any of ``DECODING_ERRORS``."""
+        """Picture ``index``; may raise anything that a decoder raises."""
 
     def read(self, index: int) -> Picture:
         """Picture ``index``.
@@ -97,7 +57,9 @@ class ImageSource(ABC):
         """
         try:
             return self.decode(index)
-        except DECODING_ERRORS as error:
+        # Decoders and converters of many formats raise whatever they like (struct.error,
+        # RuntimeError, NotImplementedError, ...): that picture is unreadable.
+        except Exception as error:
             raise UnreadableImageError(
                 self.name(index), str(error) or type(error).__name__
             ) from error
@@ -166,29 +128,16 @@ class ImageData:
 
     ``train`` is what pretraining and probes fit on, ``held_out`` what neither sees;
     ``classes`` are the names of the labels, empty where there are none; ``description``
-    says in words what was found and how it was split.
+    says in words what was found and how it was split; ``left_out`` what was not taken,
+    and why; ``columns`` of a table those that hold images and labels.
     """
 
     train: ImageSource
     held_out: ImageSource
     classes: tuple[str, ...]
     description: str
-
-
-def open_picture(file: str | Path | io.BytesIO) -> Image.Image:
-    """Decode a picture whole.  Sixteen-bit grey is brought to eight bits, which
-    Pillow's own conversion would clip.
-    """
-    with Image.open(file) as image:
-        image.load()
-    if image.mode.startswith("I;16") or image.mode == "I":
-        return Image.fromarray(
-            (np.asarray(image, dtype=np.float64) / 257.0)
-            .round()
-            .clip(0, 255)
-            .astype(np.uint8)
-        )
-    return image
+    left_out: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
 
 
 def held_out_split(
@@ -235,7 +184,12 @@ def held_out_split(
 
 
 def split_source(
-    source: ImageSource, classes: Iterable[str], share: float, what: str
+    source: ImageSource,
+    classes: Iterable[str],
+    share: float,
+    what: str,
+    left_out: Iterable[str] = (),
+    columns: Iterable[str] = (),
 ) -> ImageData:
     """Hold out a ``share`` of a source that has no held-out part of its own (see
     :func:`held_out_split`).
@@ -247,6 +201,8 @@ def split_source(
         SelectedImages(source, held_out),
         tuple(classes),
         f"{what}: {len(train):,} to train on, {len(held_out):,} held out ({how}, split seed {SPLIT_SEED})",
+        tuple(left_out),
+        tuple(columns),
     )
 
 
@@ -264,102 +220,3 @@ def digits() -> ImageData:
     return split_source(
         source, map(str, range(10)), DIGITS_HELD_OUT, "scikit-learn's digits"
     )
-
-
-def image_files(directory: Path) -> list[Path]:
-    """Image files under a directory, at any depth, sorted; hidden files and folders are
-    left out.
-
-    Raises ``OSError`` for a folder that cannot be read, where ``Path.rglob`` would
-    leave its pictures out in silence.
-    """
-
-    def refuse(error: OSError) -> None:
-        raise error
-
-    found = []
-    for folder, folders, names in os.walk(directory, onerror=refuse, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [
-            Path(folder, n)
-            for n in names
-            if n.lower().endswith(IMAGE_EXTENSIONS) and not n.startswith(".")
-        ]
-    return sorted(found)
-
-
-def class_folders(directory: Path) -> tuple[FileImages, list[str]]:
-    """Pictures of one directory: labelled by its class folders, or unlabelled when they
-    lie in it directly.
-
-    Raises
-    ------
-    ValueError
-        If there is no image file, or there are both class folders of images and images beside them.
-    """
-    by_class = {
-        folder.name: files
-        for folder in sorted(directory.iterdir())
-        if folder.is_dir()
-        and not folder.name.startswith(".")
-        and (files := image_files(folder))
-    }
-    loose = [path for path in image_files(directory) if path.parent == directory]
-    if not by_class and not loose:
-        found = "is empty" if not any(directory.iterdir()) else "holds no image file"
-        raise ValueError(
-            f"the folder {directory} {found}; accepted are files named *{', *'.join(IMAGE_EXTENSIONS)}"
-        )
-    if by_class and loose:
-        raise ValueError(
-            f"the folder {directory} holds {len(loose)} images, such as {loose[0].name}, beside class folders of "
-            f"images, such as {next(iter(by_class))}/; accepted are class folders, or images only"
-        )
-    if loose:
-        return FileImages(loose), []
-    labels = np.repeat(
-        np.arange(len(by_class)), [len(files) for files in by_class.values()]
-    )
-    return FileImages(
-        [path for files in by_class.values() for path in files], labels
-    ), list(by_class)
-
-
-def folder(path: str | Path) -> ImageData:
-    """Images in a folder: class folders with or without ``train/`` and ``val/`` (or
-    ``test/``), or images only.
-
-    Without ``val/`` or ``test/`` a tenth of each class (of all, without classes) is
-    held out.
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is no such folder.
-    ValueError If it is empty or holds no images (the message names the accepted
-        extensions), or the classes of its parts differ.
-
-    Book: :ref:`ch-first-training`.
-    """
-    root = Path(path).expanduser()
-    if not root.exists():
-        raise FileNotFoundError(f"there is no folder {root}")
-    if not root.is_dir():
-        raise ValueError(f"{root} is a file; give the folder that holds the images")
-    if not (root / "train").is_dir():
-        source, classes = class_folders(root)
-        return split_source(source, classes, HELD_OUT, f"folder {root}")
-    source, classes = class_folders(root / "train")
-    part = next(
-        (name for name in ("val", "validation", "test") if (root / name).is_dir()), None
-    )
-    if part is None:
-        return split_source(source, classes, HELD_OUT, f"folder {root}/train")
-    held_out, held_out_classes = class_folders(root / part)
-    if classes != held_out_classes:
-        odd = sorted(set(classes) ^ set(held_out_classes))
-        raise ValueError(
-            f"train/ and {part}/ of {root} have different class folders: {', '.join(odd[:5])}"
-        )
-    description = f"folder {root}: {len(source):,} in train/ to train on, {len(held_out):,} held out in {part}/"
-    return ImageData(source, held_out, tuple(classes), description)

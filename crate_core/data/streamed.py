@@ -21,11 +21,11 @@ files in random order, rows mixed over a buffer's length.  What that means:
 Book: :ref:`ch-pretraining`.
 """
 
-import io
 import itertools
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,9 @@ from crate_core.data.batches import (
     local_rows,
     random_key,
 )
-from crate_core.data.named import image_column, parquet_parts
-from crate_core.data.sources import ImageData, ImageSource, Picture, open_picture
+from crate_core.data.named import cell_file, encoded_column, image_column, open_tables
+from crate_core.data.pictures import Picture, open_picture
+from crate_core.data.sources import ImageData, ImageSource
 
 BUFFER = 10_000
 """Rows of the shuffle buffer."""
@@ -66,11 +67,11 @@ def encoded(cell: Any) -> Row:
     """A cell of an image column as a row; one without bytes is read from its path, or
     empty.
     """
-    data: bytes = b""
-    if cell is not None and cell["bytes"] is not None:
-        data = cell["bytes"]
-    elif cell is not None and cell["path"] is not None and Path(cell["path"]).is_file():
-        data = Path(cell["path"]).read_bytes()
+    try:
+        file = cell_file(cell)
+        data = file.getvalue() if isinstance(file, BytesIO) else Path(file).read_bytes()
+    except (ValueError, OSError):
+        data = b""
     return Row(data, zlib.crc32(data))
 
 
@@ -88,7 +89,7 @@ class EncodedImages(ImageSource):
         return f"{self.origin} row {index}"
 
     def decode(self, index: int) -> Picture:
-        return open_picture(io.BytesIO(self.rows[index].data))
+        return open_picture(BytesIO(self.rows[index].data))
 
 
 @dataclass(eq=False)
@@ -206,51 +207,6 @@ class StreamedPictures(TrainingPictures):
         return Batch(batch.images, indices, unreadable, batch.complete)
 
 
-def parts(location: str) -> tuple[dict[str, Any], dict[str, int | None]]:
-    """Streams by part ("train", "test", ...) and the number of rows of each, ``None``
-    where it is not known.
-    """
-    import datasets
-
-    path = Path(location).expanduser()
-    if path.exists():
-        import pyarrow
-        import pyarrow.parquet
-
-        train_files, held_out_files = parquet_parts(path)
-        files = {
-            "train": train_files,
-            **({"test": held_out_files} if held_out_files else {}),
-        }
-        try:
-            counts = {
-                name: sum(pyarrow.parquet.read_metadata(f).num_rows for f in of)
-                for name, of in files.items()
-            }
-        except pyarrow.ArrowInvalid as error:
-            raise ValueError(
-                f"hf:{location} is not readable parquet: {error}"
-            ) from error
-        return datasets.load_dataset("parquet", data_files=files, streaming=True), dict(
-            counts
-        )
-    if path.suffix == ".parquet" or path.is_absolute():
-        raise FileNotFoundError(f"there is no file {path}")
-    try:
-        tables = datasets.load_dataset(location, streaming=True)
-    except (OSError, datasets.exceptions.DatasetNotFoundError) as error:
-        raise FileNotFoundError(
-            f"hf:{location} is neither a file here nor a dataset the Hub gave: {error}"
-        ) from error
-    known = {
-        name: (table.info.splits or {}).get(name) for name, table in tables.items()
-    }
-    return tables, {
-        name: None if split is None else split.num_examples or None
-        for name, split in known.items()
-    }
-
-
 def stream_data(location: str) -> ImageData:
     """A dataset in the Hugging Face image schema as a stream: parquet files here, or a
     name on the Hub.
@@ -264,21 +220,16 @@ def stream_data(location: str) -> ImageData:
 
     Book: :ref:`ch-pretraining`.
     """
-    import datasets
-
     origin = f"hf:{location}"
-    tables, counts = parts(location)
-    train_name = "train" if "train" in tables else next(iter(tables))
-    count = counts[train_name]
+    tables, counts, left_out = open_tables(location, streaming=True)
+    count = counts["train"]
     if count is None:
         raise ValueError(
-            f"{origin} does not say how many rows {train_name} has; read it without streaming"
+            f"{origin} does not say how many rows it has to train on; read it without "
+            "streaming"
         )
-    held_out_name = next(
-        (name for name in ("validation", "val", "test") if name in tables), None
-    )
-    other_name = held_out_name if held_out_name not in (None, train_name) else None
-    table = tables[train_name]
+    other_name = next((name for name in tables if name != "train"), None)
+    table = tables["train"]
     features = table.features or table._resolve_features().features
     column = image_column(features, origin)
 
@@ -288,7 +239,7 @@ def stream_data(location: str) -> ImageData:
         )
 
     table, other = (
-        part.cast_column(column, datasets.Image(decode=False))
+        encoded_column(part, column)
         for part in (table, table if other_name is None else tables[other_name])
     )
     rows = min(KEPT_ROWS, count // 10) if other_name is None else KEPT_ROWS
@@ -301,4 +252,5 @@ def stream_data(location: str) -> ImageData:
         table, count = table.skip(rows), count - rows
     train = StreamedImages(table, column, count, kept(table, KEPT_ROWS))
     description = f"{origin}: {count:,} to train on (streamed), {len(held_out):,} held out ({other_name or 'the first rows'})"
-    return ImageData(train, held_out, (), description)
+    columns = (f"images in {column!r}", "labels are not read")
+    return ImageData(train, held_out, (), description, tuple(left_out), columns)

@@ -22,7 +22,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as transforms
 
-from crate_core.data.sources import Picture
+from crate_core.data.pictures import Picture
 
 Size = tuple[int, int]
 

@@ -28,7 +28,8 @@ from crate_core.data.batches import (
     random_generator,
     random_key,
 )
-from crate_core.data.sources import ImageData, ImageSource, Picture
+from crate_core.data.pictures import Picture
+from crate_core.data.sources import ImageData, ImageSource
 from crate_core.evaluation.probe import class_count
 from crate_core.model.autoencoder import MaskedAutoencoder
 from crate_core.shapes import Images, PictureVectors, Tokens

@@ -27,14 +27,12 @@ from crate_core.data.batches import (
     to_tensor,
 )
 from crate_core.data.named import open_data
-from crate_core.data.sources import (
-    IMAGE_EXTENSIONS,
-    ArrayImages,
-    FileImages,
+from crate_core.data.pictures import (
     UnreadableImageError,
-    held_out_split,
+    image_extensions,
     open_picture,
 )
+from crate_core.data.sources import ArrayImages, FileImages, held_out_split
 
 
 def picture(
@@ -133,7 +131,7 @@ def test_folder_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "readme.txt").write_text("text")
     with pytest.raises(ValueError, match="holds no image") as caught:
         open_data(f"folder:{tmp_path}")
-    assert all(extension in str(caught.value) for extension in IMAGE_EXTENSIONS)
+    assert all(extension in str(caught.value) for extension in image_extensions())
     with pytest.raises(ValueError, match="is a file"):
         open_data(f"folder:{tmp_path / 'readme.txt'}")
     fill(tmp_path, 1)

@@ -1,0 +1,158 @@
+r"""One encoded picture as a viewer shows it: which formats, which way up, which range.
+
+One rule for each kind, whatever file or table it comes from:
+
+* **Formats**: all that the installed Pillow decodes by itself, told by content; of an
+  animation the first frame.  PostScript, which runs a program, is not among them.
+* **Orientation**: turned as EXIF says.  Damaged EXIF turns nothing.
+* **Transparency**: laid on white.
+* **CIELAB**: brought to sRGB.  Other modes are converted as Pillow does.
+* **Sixteen-bit grey**: white is 65,535.  A picture that stays below 4,096 may hold
+  twelve bits, so that white cannot be told: refused.
+* **Floating point**: white is 1 where all values lie in [0, 1], 255 where they lie in
+  [0, 255] and the largest is at least 16.  Anything else is refused.
+* **Thirty-two-bit integers**: refused, as nothing says what white is; PPM and PGM
+  files say it.
+
+Book: :ref:`ch-first-training`.
+"""
+
+import io
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from PIL import ExifTags, Image, ImageCms
+from torch import Tensor
+
+Picture = Image.Image | Tensor
+
+NOT_DECODED = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})
+"""What Pillow recognises and does not decode by itself: it needs a handler, another
+system, or (EPS) runs a program on the file.
+"""
+
+TWELVE_BITS = 4095
+"""Largest value of twelve bits; a sixteen-bit picture below it may hold no more."""
+
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What brings a picture of each EXIF orientation upright."""
+
+
+class UnreadableImageError(ValueError):
+    """A picture that cannot be decoded; ``name`` says which, ``reason`` what the
+    decoder said.
+    """
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"{name}: {reason}")
+        self.name, self.reason = name, reason
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        return type(self), (self.name, self.reason)
+
+
+@lru_cache(maxsize=1)
+def formats() -> tuple[str, ...]:
+    """Names of the formats that are read, as Pillow spells them."""
+    Image.init()
+    return tuple(sorted(set(Image.OPEN) - NOT_DECODED))
+
+
+@lru_cache(maxsize=1)
+def image_extensions() -> tuple[str, ...]:
+    """Endings of file names that count as images, in lower case, sorted."""
+    known = Image.registered_extensions()
+    return tuple(sorted(end for end, kind in known.items() if kind in formats()))
+
+
+def open_picture(file: str | Path | io.BytesIO) -> Image.Image:
+    """Decode a picture whole, as :func:`as_shown`.
+
+    Raises whatever Pillow's decoders raise, which is no short list: callers go through
+    :meth:`crate_core.data.sources.ImageSource.read`.
+    """
+    with Image.open(file, formats=formats()) as image:
+        image.load()
+        return as_shown(image)
+
+
+def as_shown(image: Image.Image) -> Image.Image:
+    """A decoded picture upright, in mode L or RGB, by the rules of this module.
+
+    Raises ``ValueError`` where the rules refuse or Pillow cannot convert.
+    """
+    image = eight_bits(upright(image))
+    if image.mode in ("L", "RGB") and "transparency" not in image.info:
+        return image
+    if image.mode == "LAB":
+        shown = ImageCms.applyTransform(image, lab_to_srgb())
+        assert shown is not None  # it is None for a change in place only
+        return shown
+    if image.has_transparency_data:
+        # a premultiplied mode converts to its plain one only
+        plain = {"La": "LA", "RGBa": "RGBA"}.get(image.mode, image.mode)
+        layers = image.convert(plain).convert("RGBA")
+        white = Image.new("RGBA", layers.size, "white")
+        shown = Image.alpha_composite(white, layers).convert("RGB")
+        return shown.convert("L") if plain in ("L", "LA") else shown
+    return image.convert("L" if image.mode == "1" else "RGB")
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """A decoded picture turned as its EXIF says."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # whatever its parser meets: a picture without a use for EXIF
+        orientation = None
+    # a damaged entry may be of any type, hashable or not
+    turn = TURNS.get(orientation) if isinstance(orientation, int) else None
+    return image if turn is None else image.transpose(turn)
+
+
+def eight_bits(image: Image.Image) -> Image.Image:
+    """Grey pictures of more than eight bits at eight, which Pillow's own conversion
+    would clip; others as they are.
+
+    Raises ``ValueError`` where white cannot be told.
+    """
+    if not image.mode.startswith(("I", "F")):
+        return image
+    values = np.asarray(image, dtype=np.float64)
+    low, high = float(values.min()), float(values.max())
+    if image.mode == "F":
+        if not (low >= 0 and (high <= 1 or 16 <= high <= 255)):
+            raise ValueError(
+                f"floating-point values from {low:g} to {high:g}: which one is white "
+                "cannot be told; accepted are [0, 1], and [0, 255] up to 16 at least"
+            )
+        white = 1.0 if high <= 1 else 255.0
+    elif image.mode == "I" and image.format != "PPM":
+        raise ValueError(
+            f"32-bit integers from {low:g} to {high:g}: which one is white cannot be "
+            "told; save 8 or 16 bits"
+        )
+    elif 0 < high <= TWELVE_BITS:
+        raise ValueError(
+            f"16-bit values up to {high:g}: whether white is {TWELVE_BITS} (12 bits) "
+            "or 65535 cannot be told; scale them to 65535"
+        )
+    else:
+        white = 65535.0
+    return Image.fromarray((values * (255 / white)).round().astype(np.uint8))
+
+
+@lru_cache(maxsize=1)
+def lab_to_srgb() -> ImageCms.ImageCmsTransform:
+    """The transform from CIELAB (D50) to sRGB."""
+    return ImageCms.buildTransform(
+        ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), "LAB", "RGB"
+    )

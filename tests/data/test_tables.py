@@ -1,0 +1,175 @@
+"""Which column holds images, which labels, and which classes these are."""
+
+import datetime
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from crate_core.data.named import class_numbers, hub_parts, image_column, open_data
+
+datasets = pytest.importorskip("datasets")
+pa = pytest.importorskip("pyarrow")
+import pyarrow.parquet as pq  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf-cache")
+    datasets.disable_progress_bars()
+
+
+def cells(count: int, red: int = 0) -> list[dict]:
+    def png(i: int) -> bytes:
+        file = io.BytesIO()
+        Image.new("RGB", (4, 4), (red, i, 0)).save(file, "PNG")
+        return file.getvalue()
+
+    return [{"bytes": png(i), "path": None} for i in range(count)]
+
+
+def write(path: Path, **columns: list) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+values = (
+    st.none()
+    | st.integers(-3, 9)
+    | st.text(max_size=2)
+    | st.booleans()
+    | st.floats(allow_infinity=False)
+    | st.dates(datetime.date(2020, 1, 1), datetime.date(2020, 1, 3))
+    | st.tuples(st.integers(0, 2))
+)
+
+
+@given(train=st.lists(values, max_size=30), held_out=st.lists(values, max_size=10))
+def test_any_hashable_values_are_classes_and_what_is_missing_is_none(
+    train: list, held_out: list
+) -> None:
+    labels, classes, _ = class_numbers({"train": train, "test": held_out}, None)
+    kept = {}
+    for part, given_values in (("train", train), ("test", held_out)):
+        for value, label in zip(given_values, labels[part], strict=True):
+            if value is None or value != value:
+                assert label == -1
+            else:
+                assert kept.setdefault(value, label) == label
+                assert 0 <= label < len(classes)
+    assert sorted(kept.values()) == list(range(len(classes)))
+
+
+@given(st.lists(st.lists(st.integers(0, 1)), min_size=1))
+def test_lists_are_no_labels(lists: list) -> None:
+    labels, classes, said = class_numbers({"train": lists}, None)
+    assert labels == {"train": None}
+    assert classes == []
+    assert "no class" in said
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes"),
+    [
+        (["cat" if i % 2 else "dog" for i in range(30)], ("cat", "dog")),
+        ([i % 2 + 1 for i in range(30)], ("1", "2")),
+        ([None if i == 3 else i % 2 for i in range(30)], ("0", "1")),
+        ([[i % 2, 1] for i in range(30)], ()),
+        ([[i % 2] * (1 + i % 2) for i in range(30)], ()),
+        ([None] * 30, ()),
+    ],
+    ids=["names", "from one", "a null", "lists", "ragged lists", "nulls"],
+)
+def test_tables_open_whatever_their_labels_hold(
+    tmp_path: Path, labels: list, classes: tuple
+) -> None:
+    file = write(tmp_path / "x.parquet", image=cells(30), label=labels)
+    data = open_data(f"hf:{file}")
+    assert len(data.train) + len(data.held_out) == 30
+    assert data.classes == classes
+    if classes:
+        for part in (data.train, data.held_out):
+            for label, row in zip(part.labels, part.indices, strict=True):
+                expected = "None" if label < 0 else classes[label]
+                assert expected == str(labels[row])
+
+
+def test_class_labels_keep_their_numbers(tmp_path: Path) -> None:
+    features = datasets.Features(
+        {"image": datasets.Image(), "kind": datasets.ClassLabel(names=["a", "b", "c"])}
+    )
+    table = datasets.Dataset.from_dict(
+        {"image": cells(6), "kind": [0, 2, 2, None, -1, 2]}, features=features
+    )
+    labels, classes, _ = class_numbers({"train": table["kind"][:]}, features["kind"])
+    assert classes == ["a", "b", "c"]
+    assert labels["train"].tolist() == [0, 2, 2, -1, -1, 2]
+
+
+@pytest.mark.parametrize("name", ["image", "Image", "img", "photo"])
+@pytest.mark.parametrize("others", [(), ("mask",), ("depth", "mask")])
+def test_the_image_column_goes_by_name_then_alone(
+    tmp_path: Path, name: str, others: tuple[str, ...]
+) -> None:
+    columns = {other: cells(20, 200) for other in others} | {name: cells(20, 100)}
+    spec = f"hf:{write(tmp_path / 'x.parquet', **columns)}"
+    if name == "photo" and others:
+        with pytest.raises(ValueError, match="several columns of images"):
+            open_data(spec)
+        return
+    data = open_data(spec)
+    assert data.train.read(0).getpixel((0, 0))[0] == 100
+    assert f"images in {name!r}" in data.columns
+
+
+def test_encoded_bytes_without_a_struct_are_images_by_name(tmp_path: Path) -> None:
+    plain = [cell["bytes"] for cell in cells(20)]
+    data = open_data(f"hf:{write(tmp_path / 'x.parquet', image=plain, other=plain)}")
+    assert data.held_out.read(0).size == (4, 4)
+    with pytest.raises(ValueError, match="no image column"):
+        image_column(datasets.Features({"x": datasets.Value("binary")}), "hf:x")
+
+
+def test_parts_are_read_with_classes_over_both(tmp_path: Path) -> None:
+    write(tmp_path / "d/Train.parquet", image=cells(6, 10), label=["b", "c"] * 3)
+    write(tmp_path / "d/val.parquet", image=cells(4, 20), label=["c", "a"] * 2)
+    write(tmp_path / "d/test.parquet", image=cells(4, 30), label=["c", "a"] * 2)
+    write(tmp_path / "d/._val.parquet", image=cells(4, 40), label=["c", "a"] * 2)
+    data = open_data(f"hf:{tmp_path / 'd'}")
+    assert data.classes == ("a", "b", "c")
+    np.testing.assert_array_equal(data.held_out.labels, [2, 0, 2, 0])
+    assert {data.held_out.read(i).getpixel((0, 0))[0] for i in range(4)} == {20}
+    assert any("the part test" in said for said in data.left_out)
+
+
+def test_a_damaged_shard_is_named(tmp_path: Path) -> None:
+    for i in range(3):
+        write(tmp_path / f"d/train-{i}-of-3.parquet", image=cells(20))
+    bad = tmp_path / "d/train-1-of-3.parquet"
+    whole = bad.read_bytes()
+    for data in (whole[:-200], whole[:4] + bytes(200) + whole[204:]):
+        bad.write_bytes(data)
+        with pytest.raises(ValueError, match=r"train-1-of-3\.parquet"):
+            open_data(f"hf:{tmp_path / 'd'}")
+
+
+@pytest.mark.parametrize("name", ["a[b]", "x*", "wh?t", "{a,b}", "co lon", "ä"])
+def test_names_with_signs_of_patterns(tmp_path: Path, name: str) -> None:
+    file = write(tmp_path / name / f"{name}.parquet", image=cells(20))
+    assert len(open_data(f"hf:{file}").train) == 18
+    assert len(open_data(f"hf:{file.parent}").train) == 18
+
+
+def test_splits_of_the_hub_by_their_names() -> None:
+    assert hub_parts(["test"], "hf:x") == {"train": "test"}
+    assert hub_parts(["Train", "dev", "x"], "hf:x") == {
+        "train": "Train",
+        "validation": "dev",
+    }
+    with pytest.raises(ValueError, match="no part to train on"):
+        hub_parts(["validation", "test"], "hf:x")
