@@ -1,4 +1,4 @@
-r"""The ``crate`` command: pretrain, evaluate, reconstruct, inspect, convert.
+r"""The ``crate`` command: pretrain, data, evaluate, reconstruct, inspect, convert.
 
 What a subcommand needs is imported when it runs.  Bad input ends in one line on stderr
 and exit code 2, a run that failed on its way in exit code 1; neither shows a traceback.
@@ -15,9 +15,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from crate_core.options import Convert, Evaluate, Inspect, Reconstruct
+from crate_core.options import Convert, Data, Evaluate, Inspect, Reconstruct
 
 Command = TypeVar("Command")
+
+MOST_PICTURES = 64
+"""Pictures in one figure of reconstructions: more take minutes to draw."""
 
 USAGE = """usage: crate COMMAND [OPTIONS]
 
@@ -25,6 +28,7 @@ CRATE-MAE: white-box masked autoencoding.
 
 commands:
   pretrain      train on digits, a folder of images, a torchvision or Hugging Face dataset; or continue a run
+  data          what is understood of data, with a sheet of its pictures
   evaluate      probes, neighbours, fine-tuning beside their controls, and reconstruction by masking ratio
   reconstruct   a picture of masked inputs, reconstructions and originals
   inspect       what layers, tokens and heads do, beside an untrained control: one HTML page
@@ -130,6 +134,35 @@ def run_pretrain(arguments: Sequence[str], command: str) -> None:
     pretrain(config, command=command)
 
 
+def run_data(arguments: Sequence[str], command: str) -> None:
+    """``crate data``."""
+    del command  # nothing is recorded
+    options = parse(Data, "data", arguments, positional=True)
+    for name in ("count", "image_size"):
+        if getattr(options, name) < 1:
+            raise UsageError(f"--{name.replace('_', '-')}: at least 1 is needed")
+    from crate_core.data.named import open_data
+    from crate_core.data.understood import (
+        class_counts,
+        contact_sheet,
+        readable,
+        understood,
+    )
+    from crate_core.model.files import atomic_write
+
+    data = open_data(options.source, options.data_root)
+    print("\n".join([*understood(data), *class_counts(data)]))
+    size = (options.image_size, options.image_size)
+    if options.check:
+        found = readable(data, size, options.channels, 1.0)
+        names = [name for of in found.unreadable.values() for name in of]
+        print("\n".join([f"unreadable: {name}" for name in names] or ["all are read"]))
+    if options.output is not None:
+        sheet = contact_sheet(data, size, options.channels, options.count, print)
+        atomic_write(Path(options.output), sheet)
+        print(f"saved in {options.output}")
+
+
 def run_evaluate(arguments: Sequence[str], command: str) -> None:
     """``crate evaluate``."""
     options = parse(Evaluate, "evaluate", arguments)
@@ -165,6 +198,8 @@ def run_evaluate(arguments: Sequence[str], command: str) -> None:
         device=pick_device(options.device),
         workers=options.workers,
         command=command,
+        max_unreadable=options.max_unreadable,
+        report=print,
     )
     directory = (
         Path(options.checkpoint) if Path(options.checkpoint).is_dir() else Path()
@@ -183,23 +218,45 @@ def run_reconstruct(arguments: Sequence[str], command: str) -> None:
         raise UsageError("give either --images FILE ... or --data")
     import math
 
+    import torch
+
     from crate_core.data.batches import Stream, mask_noise
     from crate_core.data.named import open_data
     from crate_core.data.sources import FileImages, ImageSource
+    from crate_core.data.understood import some_readable, understood
     from crate_core.model.build import load_model
-    from crate_core.training.yardsticks import save_reconstructions, some_pictures
+    from crate_core.training.recipe import image_size
+    from crate_core.training.yardsticks import save_reconstructions
 
     model = load_model(options.checkpoint)
+    if not 1 <= options.count <= MOST_PICTURES:
+        raise UsageError(
+            f"--count {options.count}: 1 to {MOST_PICTURES} pictures are accepted"
+        )
     source: ImageSource
     if options.data is None:
         missing = [name for name in options.images if not Path(name).is_file()]
         if missing:
             raise FileNotFoundError(f"there is no file {missing[0]}")
         source = FileImages([Path(name) for name in options.images])
-        pictures = some_pictures(source, model.config, len(source))
+        count = len(source)
     else:
-        source = open_data(options.data).held_out
-        pictures = some_pictures(source, model.config, options.count)
+        data = open_data(options.data)
+        print("\n".join(understood(data)))
+        source, count = data.held_out, options.count
+    shown = some_readable(
+        source, image_size(model.config), model.config.channels, count
+    )
+    rows = []
+    for index, picture in shown:
+        if isinstance(picture, str):
+            print(f"left out, cannot be read: {picture}")
+        else:
+            rows.append(picture)
+            print(f"row {len(rows)}: {source.name(index)}")
+    if not rows:
+        raise ValueError(f"none of {count} pictures can be read")
+    pictures = torch.stack(rows)
     noise = mask_noise(
         options.seed,
         0,
@@ -251,6 +308,7 @@ def run_convert(arguments: Sequence[str], command: str) -> None:
 
 COMMANDS: dict[str, Callable[[Sequence[str], str], None]] = {
     "pretrain": run_pretrain,
+    "data": run_data,
     "evaluate": run_evaluate,
     "reconstruct": run_reconstruct,
     "inspect": run_inspect,
@@ -263,6 +321,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     input, 130 interrupted.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    # Names of files that a console cannot print are no reason to fail, and a log in a
+    # file is read while it is written.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
     if not given:
         return fail(
             f"crate: give a command: {', '.join(COMMANDS)}; crate --help says more", 2

@@ -54,6 +54,31 @@ class Evaluate:
     """Processes that read pictures."""
     output: str | None = None
     """The JSON file; None writes evaluation.json beside the checkpoint."""
+    max_unreadable: float = 0.1
+    """Stop if a larger share of a part's pictures cannot be read."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is understood of data: parts and sizes, classes, columns, what is left out.
+
+    With --output also a contact sheet: some pictures of each part as a model sees them.
+    """
+
+    source: str
+    """SOURCE: digits, folder:PATH, torchvision:NAME, hf:NAME-OR-PARQUET-PATH."""
+    output: str | None = None
+    """The contact sheet to write, PNG."""
+    count: int = 8
+    """Pictures of each part on the sheet."""
+    image_size: int = 224
+    """Side of the pictures."""
+    channels: Literal[1, 3] = 3
+    """1 for grey, 3 for colour."""
+    data_root: str = "data"
+    """Where torchvision datasets lie or are downloaded to."""
+    check: bool = False
+    """Read every picture and name those that cannot be read."""
 
 
 @dataclass(frozen=True)

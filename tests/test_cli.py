@@ -73,7 +73,7 @@ def test_help_imports_nothing_heavy() -> None:
 
 
 BAD = [
-    ([], "give a command: pretrain, evaluate, reconstruct, inspect, convert"),
+    ([], "give a command: pretrain, data, evaluate, reconstruct, inspect, convert"),
     (["train"], "unknown command 'train'"),
     (["pretrain", "--epochs", "many"], "--epochs"),
     (["pretrain", "--epoch", "3"], "--epoch"),
@@ -316,7 +316,7 @@ def test_the_installed_entry_is_this_function() -> None:
     assert done.returncode == 2
     assert (
         done.stderr
-        == "crate: unknown command 'nothing'; accepted are pretrain, evaluate, reconstruct, inspect, convert\n"
+        == "crate: unknown command 'nothing'; accepted are pretrain, data, evaluate, reconstruct, inspect, convert\n"
     )
 
 

@@ -52,6 +52,7 @@ ORDER = [
     "data.batches",
     "data.named",
     "data.streamed",
+    "data.understood",
     "evaluation.probe",
     "evaluation.neighbours",
     "training.yardsticks",

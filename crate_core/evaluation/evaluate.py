@@ -6,8 +6,9 @@ Book: :ref:`ch-evaluation`.
 
 import copy
 import json
+import math
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 
 from crate_core.data.named import open_data
 from crate_core.data.sources import ImageData
+from crate_core.data.understood import readable, understood, with_labels
 from crate_core.evaluation.finetune import FinetuneConfig, finetune
 from crate_core.evaluation.neighbours import NEIGHBOURS, neighbour_judge
 from crate_core.evaluation.probe import (
@@ -28,6 +30,7 @@ from crate_core.evaluation.probe import (
 )
 from crate_core.model.autoencoder import MaskedAutoencoder
 from crate_core.model.build import load_model
+from crate_core.training.recipe import image_size
 from crate_core.training.run_directory import (
     RUN_FILE,
     device_name,
@@ -65,6 +68,8 @@ def evaluate(
     device: str = "cpu",
     workers: int = 0,
     command: str = "crate_core.evaluation.evaluate.evaluate",
+    max_unreadable: float = 0.1,
+    report: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Evaluate a checkpoint beside its controls: an untrained network, and pixels.
 
@@ -86,6 +91,8 @@ def evaluate(
         each seed; ``None`` does not.
     device, workers : where and with how many reading processes.
     command : what to record as the command.
+    max_unreadable : largest share of a part's pictures that may be unreadable.
+    report : gets what was understood of the data, before the work.
 
     Returns
     -------
@@ -104,40 +111,58 @@ def evaluate(
         raise ValueError(f"seeds={seeds}: at least 1 is needed")
     model = load_model(checkpoint).to(device)
     spec, root = (data, "data") if data is not None else run_data(checkpoint)
-    pictures = open_data(spec, root)
-    labelled = pictures.train.labels is not None
-    if labelled:
-        check_labels(pictures, labels_per_class)
+    opened = open_data(spec, root)
+    for line in understood(opened):
+        report(line)
+    possible = [ratio for ratio in mask_ratios if removes_some(ratio, model)]
+    if impossible := [ratio for ratio in mask_ratios if ratio not in possible]:
+        report(f"masking ratios left out, too fine for the patches: {impossible}")
+    labelled = with_labels(opened)
+    if labelled is not None and (probe or neighbours or fine_tuning is not None):
+        check_labels(labelled, labels_per_class)
     elif fine_tuning is not None:
         raise ValueError(
-            "fine-tuning needs labels (class folders, or a label column); these pictures have none"
+            "fine-tuning needs labels of at least two classes (class folders, or a "
+            "label column); these pictures have none"
         )
+    elif probe or neighbours:
+        report("no labels of two classes: probes and neighbours are left out")
+    found = readable(
+        opened, image_size(model.config), model.config.channels, max_unreadable, workers
+    )
+    for line in found.lines():
+        report(line)
+    pictures, labelled = found.data, with_labels(found.data)
 
     clock = Stopwatch()
     judges: dict[str, Judge] = probe_judges(labels_per_class) if probe else {}
     if neighbours:
         judges[f"{NEIGHBOURS} neighbours"] = neighbour_judge
     judged = (
-        judge_features(model, pictures, range(seeds), judges, workers)
-        if labelled and judges
+        judge_features(model, labelled, range(seeds), judges, workers)
+        if labelled is not None and judges
         else {}
     )
     clock.lap("features, probes and neighbours")
     tuned = (
         None
-        if fine_tuning is None
-        else compare_fine_tuning(model, pictures, fine_tuning, range(seeds))
+        if fine_tuning is None or labelled is None
+        else compare_fine_tuning(model, labelled, fine_tuning, range(seeds))
     )
     clock.lap("fine-tuning")
     mean_picture = some_pictures(pictures.train, model.config).mean(dim=0)
     held_out = some_pictures(pictures.held_out, model.config)
-    by_ratio = reconstruction_by_ratio(model, held_out, mean_picture, mask_ratios)
+    by_ratio = reconstruction_by_ratio(model, held_out, mean_picture, possible)
     clock.lap("reconstruction")
     return {
         "data": spec,
         "description": pictures.description,
         "train": len(pictures.train),
         "held_out": len(pictures.held_out),
+        "labelled": None
+        if labelled is None
+        else {"train": len(labelled.train), "held_out": len(labelled.held_out)},
+        "unreadable": found.unreadable,
         "classes": len(pictures.classes),
         "seeds": list(range(seeds)),
         "linear_probe": columns_of(judged, probe_judges(labels_per_class).keys()),
@@ -147,6 +172,12 @@ def evaluate(
         "seconds": clock.laps,
         **provenance(command, device_name(torch.device(device))),
     }
+
+
+def removes_some(mask_ratio: float, model: MaskedAutoencoder) -> bool:
+    """Whether a masking ratio removes some of a model's patches and leaves some."""
+    length = math.prod(model.config.grid)
+    return 0 < length - int(length * (1 - mask_ratio)) < length
 
 
 class Stopwatch:
@@ -213,7 +244,8 @@ def compare_fine_tuning(
 def table(record: dict[str, Any]) -> list[str]:
     """The record of :func:`evaluate` in lines of text."""
     lines = [record["description"]]
-    over = f"accuracy in % on {record['held_out']:,} held-out pictures, mean and standard deviation over "
+    judged = (record["labelled"] or record)["held_out"]
+    over = f"accuracy in % on {judged:,} held-out pictures, mean and standard deviation over "
     over += f"{len(record['seeds'])} seeds"
     rows: dict[str, dict[str, Any]] = {}
     for part in ("linear_probe", "neighbours"):
@@ -240,6 +272,11 @@ def table(record: dict[str, Any]) -> list[str]:
             f"  {score['mask_ratio']:<28g}{score['loss']:>10.4f}"
             f"{score['psnr']:>12.2f}{score['mean_picture_psnr']:>24.2f}"
         )
+    lines += [
+        f"unreadable: {len(said):,} of the part {part} ({', '.join(said[:3])})"
+        for part, said in record["unreadable"].items()
+        if said
+    ]
     lines.append(
         "seconds: "
         + ", ".join(f"{name} {value:.0f}" for name, value in record["seconds"].items())

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from crate_core.data.named import open_data
-from crate_core.data.sources import ArrayImages, FileImages, digits
+from crate_core.data.sources import ArrayImages, FileImages, ImageSource, digits
+from crate_core.data.understood import shortened, some_readable
 from crate_core.evaluation.probe import untrained
 from crate_core.inspection import figures as figures
 from crate_core.inspection.layers import inspect_layers, inspect_weights
@@ -185,6 +186,31 @@ def inspection_report(
     )
 
 
+def named_pictures(
+    source: ImageSource, config: FrameConfig, count: int, origin: str
+) -> tuple[Images, str]:
+    """Some pictures (B, C, H, W) of a source in [0, 1], and where they come from with
+    the names of those that could not be read.
+
+    Raises ``ValueError`` if none is readable.
+    """
+    shown = [
+        picture
+        for _, picture in some_readable(
+            source, image_size(config), config.channels, count
+        )
+    ]
+    said = [picture for picture in shown if isinstance(picture, str)]
+    images = [picture for picture in shown if not isinstance(picture, str)]
+    if not images:
+        raise ValueError(
+            f"none of {len(shown)} pictures can be read, the first: {said[0]}"
+        )
+    if said:
+        origin += f"; {len(said)} of {len(shown)} could not be read: {shortened(said)}"
+    return torch.stack(images), origin
+
+
 def inspect_checkpoint(
     model: MaskedAutoencoder,
     name: str,
@@ -213,16 +239,11 @@ def inspect_checkpoint(
         if missing:
             raise FileNotFoundError(f"there is no file {missing[0]}")
         source = FileImages([Path(file) for file in files])
-        images, origin = some_pictures(source, model.config, len(source)), "files"
-        if len(images) < len(source):
-            origin = (
-                f"files; {len(source) - len(images)} of {len(source)} could not be read"
-            )
+        images, origin = named_pictures(source, model.config, len(source), "files")
     elif data is not None:
         opened = open_data(data)
-        images, origin = (
-            some_pictures(opened.held_out, model.config, count),
-            f"held out: {opened.description}",
+        images, origin = named_pictures(
+            opened.held_out, model.config, count, f"held out: {opened.description}"
         )
     else:
         images = shipped_pictures(model.config, count)

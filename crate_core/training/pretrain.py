@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from crate_core.data.named import open_data
 from crate_core.data.sources import ImageData
 from crate_core.data.streamed import stream_data
+from crate_core.data.understood import understood
 from crate_core.model.autoencoder import MaskedAutoencoder
 from crate_core.training.devices import make_accelerator
 from crate_core.training.loop import PICTURES_SHOWN as PICTURES_SHOWN
@@ -137,7 +138,8 @@ def pretrain(
         )
     run = RunDirectory(config.output_dir)
     identity = {**config.identity(), **data_identity(data)}
-    say(f"data: {data.description}")
+    for line in understood(data):
+        say(line)
     try:
         if main:
             run.claim(

@@ -514,7 +514,8 @@ def test_the_command_line_passes_every_option_on(
     def recorded(*arguments: Any, **options: Any) -> dict[str, Any]:
         given.update(options, arguments=arguments)
         return {"seeds": [], "description": "", "held_out": 0, "linear_probe": None, "neighbours": None,
-                "fine_tuning": None, "reconstruction": [], "seconds": {}}  # fmt: skip
+                "fine_tuning": None, "reconstruction": [], "seconds": {}, "labelled": None,
+                "unreadable": {}}  # fmt: skip
 
     monkeypatch.setattr(crate_core.evaluation.evaluate, "evaluate", recorded)
     output = tmp_path / "record.json"
