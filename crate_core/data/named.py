@@ -234,14 +234,15 @@ def open_tables(
             part: read_shards(of) for part, of in chosen.items()
         }
         try:
-            tables = datasets.load_dataset(
-                "parquet",
-                data_files={
-                    part: [glob.escape(str(f.absolute())) for f in of]
-                    for part, of in chosen.items()
-                },
-                streaming=streaming,
-            )
+            # one part after the other: a held-out part may lack the labels
+            tables = {
+                part: datasets.load_dataset(
+                    "parquet",
+                    data_files={part: [glob.escape(str(f.absolute())) for f in of]},
+                    streaming=streaming,
+                )[part]
+                for part, of in chosen.items()
+            }
         except (ValueError, OSError, datasets.exceptions.DatasetGenerationError) as e:
             # pyarrow's errors are ValueErrors
             found = damaged_shard([f for of in chosen.values() for f in of])
@@ -261,7 +262,7 @@ def open_tables(
                 f"{counted(len(rest), 'file')} whose names speak of no part, such as "
                 f"{rest[0].relative_to(path)}"
             )
-        return dict(tables), counts, left_out
+        return tables, counts, left_out
     if path.suffix == ".parquet" or path.is_absolute():
         raise FileNotFoundError(f"there is no file {path}")
     try:
@@ -313,12 +314,8 @@ def hugging_face(location: str) -> ImageData:
     columns = [f"images in {column!r}", said.format(column=label)]
     sources = {}
     for name, table in tables.items():
-        if image_column(table.features, origin) != column:
-            raise ValueError(
-                f"{origin}: the part {name} has no image column {column!r}"
-            )
         sources[name] = TableImages(
-            encoded_column(table, column), column, origin, labels[name]
+            encoded_column(table, column, origin), column, origin, labels[name]
         )
     if held_out_name is None:
         return split_source(
@@ -372,11 +369,23 @@ def image_column(features: Any, origin: str) -> str:
     return columns[0]
 
 
-def encoded_column(table: Any, column: str) -> Any:
-    """The table with the images of ``column`` left encoded."""
+def table_features(table: Any) -> Any:
+    """The columns of a table or stream with their types."""
+    return table.features or table._resolve_features().features
+
+
+def encoded_column(table: Any, column: str, origin: str) -> Any:
+    """The table with the images of ``column`` left encoded; ``ValueError`` if that is
+    not its image column.
+    """
     import datasets
 
-    feature = table.features[column] if table.features else None
+    features = table_features(table)
+    if (own := image_column(features, origin)) != column:
+        raise ValueError(
+            f"{origin}: images lie in {column!r} in one part and in {own!r} in another"
+        )
+    feature = features[column]
     if getattr(feature, "dtype", None) in ("binary", "large_binary"):
         return table
     return table.cast_column(column, datasets.Image(decode=False))

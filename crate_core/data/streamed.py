@@ -40,7 +40,15 @@ from crate_core.data.batches import (
     local_rows,
     random_key,
 )
-from crate_core.data.named import cell_file, encoded_column, image_column, open_tables
+from crate_core.data.named import (
+    cell_file,
+    damaged_shard,
+    encoded_column,
+    image_column,
+    open_tables,
+    table_features,
+)
+from crate_core.data.parts import visible_parquet
 from crate_core.data.pictures import Picture, open_picture
 from crate_core.data.sources import ImageData, ImageSource
 
@@ -118,10 +126,13 @@ class StreamedImages(ImageSource):
     def epoch(self, seed: int, epoch: int) -> Iterator[Row]:
         """All rows of one epoch, shuffled as a function of (seed, epoch)."""
         key = random_key(seed, Stream.SHUFFLE, epoch) % 2**32
-        return (
-            encoded(row[self.column])
-            for row in self.table.shuffle(seed=key, buffer_size=self.buffer)
-        )
+        try:
+            for row in self.table.shuffle(seed=key, buffer_size=self.buffer):
+                yield encoded(row[self.column])
+        except (ValueError, OSError) as error:  # pyarrow's are among them
+            raise ValueError(
+                f"{self.first.origin} cannot be read on: {error}"
+            ) from error
 
 
 class StreamedBatches(Sampler[list[tuple[int, Row]]]):
@@ -230,16 +241,23 @@ def stream_data(location: str) -> ImageData:
         )
     other_name = next((name for name in tables if name != "train"), None)
     table = tables["train"]
-    features = table.features or table._resolve_features().features
-    column = image_column(features, origin)
+    column = image_column(table_features(table), origin)
 
     def kept(stream: Any, rows: int) -> EncodedImages:
-        return EncodedImages(
-            [encoded(row[column]) for row in stream.take(rows)], origin
-        )
+        try:
+            return EncodedImages(
+                [encoded(row[column]) for row in stream.take(rows)], origin
+            )
+        except (ValueError, OSError) as error:  # pyarrow's are among them
+            path = Path(location).expanduser()
+            files = visible_parquet(path) if path.is_dir() else [path]
+            found = damaged_shard(files) if path.exists() else ""
+            raise ValueError(
+                found or f"{origin} is not readable parquet: {error}"
+            ) from error
 
     table, other = (
-        encoded_column(part, column)
+        encoded_column(part, column, origin)
         for part in (table, table if other_name is None else tables[other_name])
     )
     rows = min(KEPT_ROWS, count // 10) if other_name is None else KEPT_ROWS
