@@ -55,6 +55,7 @@ ORDER = [
     "data.understood",
     "evaluation.probe",
     "evaluation.neighbours",
+    "evaluation.paired",
     "training.yardsticks",
     "records",
     "training.run_directory",
