@@ -35,6 +35,8 @@ class Claim:
     evidence: str
     docname: str
     test: str = ""
+    alternatives: tuple[str, ...] = ()
+    recorded: str = ""
 
 
 def claim_calls(code: str) -> Iterator[ast.Call]:
@@ -51,6 +53,26 @@ def claim_calls(code: str) -> Iterator[ast.Call]:
         )
     ]
     yield from sorted(calls, key=lambda call: (call.lineno, call.col_offset))
+
+
+def first_edition(text: str) -> list[str]:
+    """The claims of a page that refuse nothing: calls without ``refuses``, and tested
+    claims without alternatives; "not reproduced" has none to name.
+    """
+    found = []
+    for _, code in code_cells(text):
+        for call in claim_calls(code):
+            given = {
+                keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords
+            }
+            if "refuses" not in given and given.get("kind") != "'not reproduced'":
+                found.append(ast.unparse(call.args[0]).strip("'"))
+    for label, body in re.findall(
+        r"(?m)^[`:]{3,}\{tested-claim\} *(\S+)\n((?::.*\n)*)", text
+    ):
+        if not re.search(r"(?m)^:refuses: *\S", body):
+            found.append(label)
+    return found
 
 
 def read_claims(text: str, docname: str) -> tuple[list[Claim], list[str]]:

@@ -81,7 +81,7 @@ def link_theorems(app: Sphinx, doctree: nodes.document, docname: str) -> None:
 
     for node in list(doctree.findall(nodes.raw)):
         if '<div class="claim ' in node.astext():
-            head, mark, detail = node.astext().partition('<p class="claim-detail">')
+            head, mark, detail = node.astext().partition('<details class="claim-fold">')
             linked = PROOF_LABEL.sub(
                 lambda match: as_html(match) if match[0] in known else match[0], detail
             )
@@ -125,6 +125,7 @@ class TestedClaim(SphinxDirective):
         "kind": directives.unchanged_required,
         "test": directives.unchanged_required,
         "evidence": directives.unchanged,
+        "refuses": directives.unchanged,
     }
 
     def run(self) -> list[nodes.Node]:

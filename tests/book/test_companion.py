@@ -1,6 +1,4 @@
-"""Claims fail when their check fails; sources, mathematics and players are shown as
-they are.
-"""
+"""Sources, mathematics and players are shown as they are."""
 
 import base64
 import json
@@ -16,8 +14,6 @@ from matplotlib.figure import Figure
 
 from crate_core import companion
 from crate_core.companion import (
-    CLAIM_KINDS,
-    claim,
     math_to_html,
     player,
     show_source,
@@ -35,45 +31,6 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
         companion, "display", lambda thing: bundles.append(thing._repr_mimebundle_())
     )
     return bundles
-
-
-def state(label: str = "clm-test", kind: str = "numerical", **outcome: bool) -> None:
-    claim(
-        label,
-        "$a < b$ and `c`",
-        conditions="always",
-        kind=kind,
-        evidence="looked",
-        **outcome,
-    )
-
-
-def test_claim_is_shown_only_when_it_holds(shown: list[dict[str, str]]) -> None:
-    state(holds=True)
-    assert 'id="clm-test"' in shown[0]["text/html"]
-    with pytest.raises(AssertionError, match="clm-test"):
-        state(holds=False)
-    assert len(shown) == 1
-
-
-@pytest.mark.parametrize("kind", CLAIM_KINDS)
-def test_every_kind_needs_an_outcome_except_what_was_not_reproduced(
-    kind: str, shown: list[dict[str, str]]
-) -> None:
-    if kind == "not reproduced":
-        state(kind=kind)
-        with pytest.raises(ValueError, match="has no outcome"):
-            state(kind=kind, holds=True)
-    else:
-        state(kind=kind, holds=True)
-        with pytest.raises(ValueError, match="needs its outcome"):
-            state(kind=kind)
-    assert f"claim-{kind.replace(' ', '-')}" in shown[0]["text/html"]
-
-
-def test_unknown_kind_is_refused() -> None:
-    with pytest.raises(ValueError, match="kind must be one of"):
-        state(kind="obvious", holds=True)
 
 
 def test_mathematics_survives_escaping() -> None:
