@@ -80,6 +80,7 @@ ORDER = [
     "inspection.page",
     "options",
     "cli",
+    "drawing",
     "companion",
 ]
 MODULES = sorted(

@@ -6,7 +6,6 @@ without Chromium, these tests skip.
 """
 
 import re
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,16 +20,6 @@ from depcache import code_cells, is_notebook
 ROOT = Path(__file__).resolve().parents[2]
 HTML = ROOT / "_build" / "html"
 WIDTHS = {"wide": 1400, "narrow": 390}
-CHROMIUM_FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--disable-dev-shm-usage",
-]
 pytestmark = [pytest.mark.site]
 
 _toc = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf8"))
@@ -54,25 +43,6 @@ def site() -> Path:
     if not (HTML / "index.html").is_file():
         pytest.skip("the site is not built: make book")
     return HTML
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator:
-    """Debian's Chromium; no browser is downloaded."""
-    executable = (
-        shutil.which("chromium")
-        or shutil.which("chromium-browser")
-        or shutil.which("google-chrome")
-    )
-    if executable is None:
-        pytest.skip("no Chromium here (Debian: apt-get install chromium)")
-    sync_api = pytest.importorskip("playwright.sync_api", reason="needs the test extra")
-    with sync_api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(
-            executable_path=executable, args=CHROMIUM_FLAGS
-        )
-        yield chromium
-        chromium.close()
 
 
 @dataclass
