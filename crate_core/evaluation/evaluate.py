@@ -7,6 +7,7 @@ Book: :ref:`ch-evaluation`.
 import copy
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -52,8 +53,20 @@ def run_data(checkpoint: str | Path) -> tuple[str, str]:
         raise ValueError(
             f"{checkpoint} has no {RUN_FILE} that says what it was trained on: give --data"
         )
-    config = json.loads(record.read_text())["config"]
-    return config["data"], config["data_root"]
+    owner = json.loads(record.read_text())
+    spec, root = owner["config"]["data"], owner["config"]["data_root"]
+    # Relative names count from where the run was started, if they lie there.
+    start = Path(checkpoint) / owner.get("starts", [{}])[-1].get("started_from", ".")
+    kind, colon, location = spec.partition(":")
+    if kind in ("folder", "hf") and not Path(location).expanduser().is_absolute():
+        if (start / location).exists():
+            spec = kind + colon + os.path.normpath(start / location)
+        elif kind == "folder" and not Path(location).exists():
+            raise FileNotFoundError(
+                f"{record} names the data {spec!r} relative to where the run was "
+                f"started, and there is no such folder there or here: give --data"
+            )
+    return spec, str(start / root) if (start / root).exists() else root
 
 
 def evaluate(

@@ -44,7 +44,8 @@ def keep_mass(maps: HeadMaps, share: float = ATTENTION_MASS) -> ObjectMaps:
         raise ValueError(f"share must be in (0, 1], got {share}")
     if not bool((maps >= 0).all()):
         raise ValueError("maps must be >= 0 to have a mass")
-    flat = maps.double().flatten(-2)
+    # float64 lies on the CPU: not every device has it
+    flat = maps.cpu().double().flatten(-2)
     ordered = flat.sort(dim=-1, descending=True).values
     held = ordered.cumsum(-1)
     enough = held >= share * held[..., -1:] * (1 - 1e-12)
@@ -56,7 +57,7 @@ def intersection_over_union(predicted: ObjectMaps, mask: ObjectMask) -> PerMap:
     r"""Overlap of predicted masks (B, K, h, w) and the true one (B, h, w), :math:`|A
     \cap B| / |A \cup B|`; 1 where both are empty.  Book: :ref:`ch-heads`.
     """
-    true = mask[:, None]
+    predicted, true = predicted.cpu(), mask.cpu()[:, None]
     common = (predicted & true).sum((-2, -1)).double()
     union = (predicted | true).sum((-2, -1)).double()
     return torch.where(union > 0, common / union.clamp_min(1), 1.0)
@@ -66,6 +67,7 @@ def pointing_game(maps: HeadMaps, mask: ObjectMask) -> PerMap:
     """Is the map's highest place on the object?  1 or 0, and the share of the highest
     places that are on it in case of a tie.  Book: :ref:`ch-heads`.
     """
+    maps, mask = maps.cpu(), mask.cpu()
     highest = maps == maps.amax((-2, -1), keepdim=True)
     return (highest & mask[:, None]).sum((-2, -1)).double() / highest.sum(
         (-2, -1)
@@ -82,6 +84,7 @@ def area_under_curve(maps: HeadMaps, mask: ObjectMask) -> PerMap:
     the object.  Not a number where a mask is empty or full.  Book: :ref:`ch-heads`.
     """
     batch, heads = maps.shape[:2]
+    maps, mask = maps.cpu(), mask.cpu()
     flat = maps.double().flatten(2).flatten(0, 1)
     inside = mask.flatten(1).repeat_interleave(heads, 0)
     ordered, order = flat.sort(dim=-1)

@@ -156,7 +156,7 @@ class _Pooled:
         self.count, self.total, self.gram = 0, cast(Any, 0.0), cast(Any, 0.0)
 
     def add(self, x: Tensor) -> None:
-        rows = x.flatten(0, -2).double()
+        rows = x.flatten(0, -2).cpu().double()
         self.count, self.total, self.gram = (
             self.count + len(rows),
             self.total + rows.sum(0),
@@ -241,7 +241,7 @@ def inspect_layers(
         for gathered, x in zip(pooled, hidden, strict=True):
             gathered.add(F.layer_norm(x, x.shape[-1:]))
         batches.append(
-            {name: value.double().cpu().numpy() for name, value in measures.items()}
+            {name: value.cpu().double().numpy() for name, value in measures.items()}
         )
     model.train(was_training)
     arrays: dict[str, Any] = {
@@ -277,7 +277,7 @@ def inspect_weights(model: MaskedAutoencoder) -> WeightInspection:
     crate = config if isinstance(config, CrateMAEConfig) else None
     for index, layer in enumerate(model.encoder):
         parts = attention_parts(layer)
-        bases = parts.bases.double()
+        bases = parts.bases.cpu().double()
         values = torch.linalg.svdvals(bases)
         cosines = subspace_cosines(bases) if len(bases) > 1 else torch.zeros(1)
         measures = {
@@ -290,7 +290,7 @@ def inspect_weights(model: MaskedAutoencoder) -> WeightInspection:
             ),
         }
         if crate is not None:
-            dictionary = cast(Any, layer).sparsify.weight.double()
+            dictionary = cast(Any, layer).sparsify.weight.cpu().double()
             spectrum = torch.linalg.svdvals(dictionary)
             identity = torch.eye(
                 dictionary.shape[1], dtype=dictionary.dtype, device=dictionary.device
@@ -305,7 +305,9 @@ def inspect_weights(model: MaskedAutoencoder) -> WeightInspection:
                 partner = cast(
                     Any, model.decoder[crate.depth - 1 - index]
                 ).densify.weight
-                measures["partner_cosine"] = matrix_cosine(dictionary, partner.double())
+                measures["partner_cosine"] = matrix_cosine(
+                    dictionary, partner.cpu().double()
+                )
         for name, value in measures.items():
             found.setdefault(name, []).append(float(value))
     arrays = {name: np.array(values) for name, values in found.items()}

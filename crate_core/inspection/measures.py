@@ -143,7 +143,7 @@ def token_spectrum(z: Tokens) -> Tensor:
     Book: :ref:`ch-layer-by-layer`.
     """
     check_tokens(z)
-    centred = z.double() - z.double().mean(dim=-2, keepdim=True)
+    centred = z.cpu().double() - z.cpu().double().mean(dim=-2, keepdim=True)
     n, d = z.shape[-2:]
     gram = centred @ centred.mT if n < d else centred.mT @ centred
     return torch.linalg.eigvalsh(gram / n).clamp_min(0.0)
@@ -290,7 +290,7 @@ def gram_defect(matrix: Tensor) -> Scalars:
 
     Book: :ref:`ch-layer-by-layer`.
     """
-    squared = torch.linalg.svdvals(matrix.double()).square()
+    squared = torch.linalg.svdvals(matrix.cpu().double()).square()
     # The best c is sum s^2 / sum s^4, at which the squared norm is m - (sum s^2)^2 /
     # sum s^4.
     columns = matrix.shape[-1]

@@ -71,12 +71,16 @@ def linear_readout(
     model.train(was_training)
     if not bool((out.mask > 0).any()):
         raise ValueError(f"mask_ratio={mask_ratio} removes no patch of {length}")
-    pixels, first = patchify(pictures, model.config.patch_size).double(), len(fitted)
+    pixels, first = (
+        patchify(pictures, model.config.patch_size).cpu().double(),
+        len(fitted),
+    )
     targets = pixels - pixels[:first].mean(dim=0)
-    train, test = out.mask[:first] > 0, out.mask[first:] > 0
+    removed = out.mask.cpu() > 0
+    train, test = removed[:first], removed[first:]
     shares = []
     for hidden in out.hidden_states:
-        tokens = hidden[:, 1:].double()
+        tokens = hidden[:, 1:].cpu().double()
         rows = tokens[:first][train]
         spread = rows.std(dim=0)
         tokens = (tokens - rows.mean(dim=0)) / spread.clamp_min(

@@ -174,7 +174,7 @@ def token_pca(tokens: Patches, components: int = 3) -> TokenPCA:
 
     Book: :ref:`ch-tokens`.
     """
-    flat = tokens.double().flatten(0, 1)
+    flat = tokens.cpu().double().flatten(0, 1)
     if not 1 <= components <= min(flat.shape):
         raise ValueError(
             f"components must be in 1 .. {min(flat.shape)}, got {components}"
@@ -184,10 +184,10 @@ def token_pca(tokens: Patches, components: int = 3) -> TokenPCA:
     coordinates = (left * values)[:, :components]
     signs = torch.where(coordinates.pow(3).sum(0) < 0, -1.0, 1.0).to(flat)
     return TokenPCA(
-        (coordinates * signs).unflatten(0, tokens.shape[:2]).to(tokens.dtype),
-        (values.square() / values.square().sum())[:components].to(tokens.dtype),
-        (right[:components].mT * signs).to(tokens.dtype),
-        mean.to(tokens.dtype),
+        (coordinates * signs).unflatten(0, tokens.shape[:2]).to(tokens),
+        (values.square() / values.square().sum())[:components].to(tokens),
+        (right[:components].mT * signs).to(tokens),
+        mean.to(tokens),
     )
 
 
@@ -242,7 +242,7 @@ def midpoint_nonlinearity(
     )
 
     def norm(x: Tensor) -> Tensor:
-        return x[:, 1:].double().flatten(1).norm(dim=1)
+        return x[:, 1:].cpu().double().flatten(1).norm(dim=1)
 
     return torch.stack(
         [

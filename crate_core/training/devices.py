@@ -13,6 +13,7 @@ Book: :ref:`ch-pretraining`.
 
 import contextlib
 import math
+import os
 import warnings
 from collections.abc import Iterator
 from typing import Any, cast
@@ -45,12 +46,36 @@ def make_accelerator(config: PretrainConfig) -> Accelerator:
     # The state is one per process and would keep the precision of an earlier run.
     AcceleratorState._reset_state(reset_partial_state=True)
     precision = "no" if config.precision == "fp32" else config.precision
-    accelerator = Accelerator(mixed_precision=precision, cpu=config.device == "cpu")
+    # Several processes without a GPU meet over the CPU; accelerate alone would start
+    # separate runs.
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    cpu = config.device == "cpu" or (
+        config.device == "auto" and several and not torch.cuda.is_available()
+    )
+    accelerator = Accelerator(mixed_precision=precision, cpu=cpu)
     if config.device not in ("auto", accelerator.device.type):
         raise ValueError(
             f"device={config.device!r}: this machine offers {accelerator.device.type!r}"
         )
     return accelerator
+
+
+def check_compiler(device: torch.device) -> None:
+    """``ValueError`` if ``torch.compile`` would find no C++ compiler, which it needs on
+    a CPU.
+    """
+    if device.type != "cpu":
+        return
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise ValueError(
+            "compile needs a C++ compiler (g++, or the one that CXX names), and there "
+            "is none: install one, or leave out --compile"
+        ) from error
 
 
 def distribute(

@@ -10,6 +10,7 @@ Book: :ref:`ch-first-training`, :ref:`ch-pretraining`.
 """
 
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from crate_core.data.sources import ImageData
 from crate_core.data.streamed import stream_data
 from crate_core.data.understood import understood
 from crate_core.model.autoencoder import MaskedAutoencoder
-from crate_core.training.devices import make_accelerator
+from crate_core.training.devices import check_compiler, make_accelerator
 from crate_core.training.loop import PICTURES_SHOWN as PICTURES_SHOWN
 from crate_core.training.loop import Trainer, draw_reconstructions, initial_model
 from crate_core.training.loop import TrainingDivergedError as TrainingDivergedError
@@ -40,6 +41,7 @@ from crate_core.training.run_directory import (
 from crate_core.training.yardsticks import (
     TrivialLoss,
     held_out_loss,
+    some_batches,
     some_pictures,
     trivial_loss,
 )
@@ -52,6 +54,16 @@ def data_identity(data: ImageData) -> dict[str, Any]:
     count = len(data.train)
     names = [Path(data.train.name(i)).name for i in sorted({0, count // 2, count - 1})]
     return {"training pictures": count, "first, middle and last picture": names}
+
+
+def relative_directory(start: Path) -> str:
+    """The working directory as seen from ``start``: where relative names of data lie,
+    wherever the tree is moved to.
+    """
+    try:
+        return os.path.relpath(Path.cwd(), start)
+    except ValueError:  # another drive of Windows
+        return str(Path.cwd())
 
 
 def finish(
@@ -145,7 +157,10 @@ def pretrain(
             run.claim(
                 identity,
                 config.to_dict(),
-                provenance(command, device_name(accelerator.device)),
+                {
+                    **provenance(command, device_name(accelerator.device)),
+                    "started_from": relative_directory(run.path),
+                },
             )
         accelerator.wait_for_everyone()
         return continued(config, data, run, accelerator, say, report, progress, command)
@@ -180,9 +195,15 @@ def continued(
         for line in describe(result):
             say(line)
         return result
-    trivial = trivial_loss(
-        initial_model(config), some_pictures(data.train, config.model)
-    )
+    if config.compile:
+        check_compiler(accelerator.device)
+    trivial = TrivialLoss(math.nan, math.nan)
+    if accelerator.is_main_process:
+        # what the end needs is looked for before the work: some held-out picture
+        some_pictures(data.held_out, config.model, PICTURES_SHOWN)
+        trivial = trivial_loss(
+            initial_model(config), some_batches(data.train, config.model)
+        )
     trainer = Trainer(config, data, run, accelerator, say, report)
     parameters = sum(p.numel() for p in trainer.model.parameters())
     processes = (

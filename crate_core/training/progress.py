@@ -7,6 +7,7 @@ losses and never the same times.
 Book: :ref:`ch-pretraining`.
 """
 
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,6 +25,10 @@ PICTURE_FOLDER = "pictures"
 TENSORBOARD_FOLDER = "tensorboard"
 REMARKS = 10
 """How many times in a run a line says whether the loss is normal."""
+
+
+SECONDS_BETWEEN_LINES = 10.0
+"""How often a line takes the place of the bar where there is no terminal, at most."""
 
 
 class Progress:
@@ -60,10 +65,13 @@ class Progress:
             total=stop,
             initial=start,
             unit="step",
-            disable=not (bar and main),
+            disable=not (bar and main and sys.stderr.isatty()),
             mininterval=0.5,
         )
         self.timed_step, self.timed_at = start, time.perf_counter()
+        # Where there is no terminal: a line now and then in place of the bar.
+        self.lines = bar and main and not sys.stderr.isatty()
+        self.said_at = self.timed_at
         self.writer: Any = None
         if main and config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -102,6 +110,12 @@ class Progress:
             timing["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
         self.run.log_timing(timing)
         self.remark(record)
+        if self.lines and now - self.said_at > SECONDS_BETWEEN_LINES:
+            self.said_at = now
+            self.report(
+                f"step {step:,} of {self.stop:,}, epoch {record['epoch']:g}: loss "
+                f"{record['loss']:.4f}, {rate:.0f} images/s"
+            )
         self.timed_step, self.timed_at = step, now
         self.bar.set_postfix(
             epoch=f"{record['epoch']:g}/{self.config.epochs:g}",

@@ -90,8 +90,17 @@ class Checkpoint:
 
 
 def sync(path: Path) -> None:
-    """Flush a file or directory to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Flush a file or directory to disk.
+
+    Windows flushes files that are open for writing only, and no directories.
+    """
+    if path.is_dir():
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+        except PermissionError:
+            return
+    else:
+        descriptor = os.open(path, os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:

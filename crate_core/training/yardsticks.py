@@ -6,7 +6,7 @@ Book: :ref:`ch-first-training`.
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,21 +60,37 @@ def some_pictures(
 
     Raises ``ValueError`` if none is readable.
     """
+    return torch.cat(list(some_batches(source, config, count)))
+
+
+def some_batches(
+    source: ImageSource,
+    config: FrameConfig,
+    count: int = YARDSTICK_PICTURES,
+    batch_size: int = 64,
+) -> Iterator[Images]:
+    """The pictures of :func:`some_pictures` in batches (b, C, H, W), so that few are in
+    memory at a time; ``ValueError`` if none is readable.
+    """
     chosen = (
         np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(int)
     )
-    batches = evaluation_batches(
-        SelectedImages(source, chosen), image_size(config), config.channels
-    )
-    images = torch.cat([batch.images for batch in batches])
-    if len(images) == 0:
+    found = False
+    for batch in evaluation_batches(
+        SelectedImages(source, chosen), image_size(config), config.channels, batch_size
+    ):
+        if len(batch.images):
+            found = True
+            yield batch.images
+    if not found:
         raise ValueError(
             f"none of {len(chosen)} pictures can be read, the first: {source.name(int(chosen[0]))}"
         )
-    return images
 
 
-def trivial_loss(model: MaskedAutoencoder, images: Images) -> TrivialLoss:
+def trivial_loss(
+    model: MaskedAutoencoder, images: Images | Iterable[Images]
+) -> TrivialLoss:
     r"""The loss of predicting means, from the variance of the targets :math:`t_{ijk}`
     (picture, position, pixel),
 
@@ -84,14 +100,23 @@ def trivial_loss(model: MaskedAutoencoder, images: Images) -> TrivialLoss:
     Parameters
     ----------
     model : gives the units, and whether targets are normalised.
-    images : (B, C, H, W) in [0, 1].
+    images : (B, C, H, W) in [0, 1], or batches of them, which are read once.
 
     Book: :ref:`ch-first-training`.
     """
-    targets = model.targets(model.standardize(images)).double()
+    batches = images.split(64) if isinstance(images, Tensor) else images
+    count, total, squares = 0, torch.zeros((), dtype=torch.float64), 0.0
+    for batch in batches:
+        targets = model.targets(model.standardize(batch)).double()
+        count += len(targets)
+        total = total + targets.sum(dim=0)
+        squares += float(targets.square().sum())
+    # the mean of squares less the square of the mean; never below zero but by rounding
+    mean = total / count
+    second = squares / (count * mean.numel())
     return TrivialLoss(
-        float((targets - targets.mean(dim=(0, 1))).square().mean()),
-        float((targets - targets.mean(dim=0)).square().mean()),
+        max(0.0, second - float(mean.mean(dim=0).square().mean())),
+        max(0.0, second - float(mean.square().mean())),
     )
 
 

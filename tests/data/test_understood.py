@@ -3,7 +3,10 @@ read, are without a label, or of one class.
 """
 
 import json
+import os
 import sys
+import weakref
+from collections.abc import Iterator
 from io import BytesIO, TextIOWrapper
 from pathlib import Path
 
@@ -13,15 +16,22 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from tiny_runs import tiny, train
 
 from crate_core.cli import main
 from crate_core.data.pictures import Picture
 from crate_core.data.sources import ImageData, ImageSource
 from crate_core.data.understood import contact_sheet, readable, understood, with_labels
-from crate_core.evaluation.evaluate import evaluate
+from crate_core.evaluation.evaluate import evaluate, run_data
 from crate_core.model.config import CrateMAEConfig
 from crate_core.model.crate import CrateMAE
+from crate_core.training.devices import check_compiler
+from crate_core.training.run_directory import sync
+from crate_core.training.yardsticks import trivial_loss
 
+SMALL = CrateMAEConfig.preset(
+    "cifar10-tiny", image_size=8, patch_size=4, dim=8, depth=1, heads=2
+)
 SIZE = (4, 4)
 
 
@@ -117,10 +127,7 @@ def tree(root: Path, per_class: int, classes: str = "ab", bad: int = 0) -> Path:
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     torch.manual_seed(0)
-    config = CrateMAEConfig.preset(
-        "cifar10-tiny", image_size=8, patch_size=4, dim=8, depth=1, heads=2
-    )
-    CrateMAE(config).save_pretrained(tmp_path / "model")
+    CrateMAE(SMALL).save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
 
@@ -211,3 +218,97 @@ def test_names_that_a_console_cannot_print_are_escaped(
     assert main(["data", f"folder:{root}"]) == 0
     assert b"\\u043a" in written.getvalue()
     assert json.dumps("к")[1:-1].encode() in written.getvalue()
+
+
+# -- before the work, on any machine
+
+
+def test_a_run_whose_held_out_part_cannot_be_read_does_not_start(
+    tmp_path: Path,
+) -> None:
+    tree(tmp_path / "d" / "train", 8)
+    tree(tmp_path / "d" / "val", 2, bad=2)
+    config = tiny(
+        tmp_path / "run", data=f"folder:{tmp_path / 'd'}", model=SMALL, batch_size=8
+    )
+    with pytest.raises(ValueError, match=r"none of 4 pictures.*val"):
+        train(config)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_yardsticks_hold_few_pictures_at_a_time() -> None:
+    alive, most = weakref.WeakSet(), 0
+
+    def batches(images: torch.Tensor) -> Iterator[torch.Tensor]:
+        nonlocal most
+        for batch in images.split(8):
+            own = batch.clone()
+            alive.add(own)
+            most = max(most, len(alive))
+            yield own
+            del own
+
+    torch.manual_seed(0)
+    images, model = torch.rand(80, 3, 8, 8) ** 3, CrateMAE(SMALL)
+    whole, streamed = trivial_loss(model, images), trivial_loss(model, batches(images))
+    assert streamed.mean_patch == pytest.approx(whole.mean_patch)
+    assert streamed.mean_picture == pytest.approx(whole.mean_picture)
+    assert most <= 3
+
+
+def test_relative_data_is_found_from_where_the_run_was_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree(tmp_path / "d", 12)
+    monkeypatch.chdir(tmp_path)
+    train(tiny("r", data="folder:d", model=SMALL, batch_size=8))
+    elsewhere = tmp_path / "else" / "where"
+    elsewhere.mkdir(parents=True)
+    monkeypatch.chdir(elsewhere)
+    for run in (tmp_path / "r", Path("../../r")):
+        spec, _ = run_data(run)
+        assert Path(spec.removeprefix("folder:")).resolve() == tmp_path / "d"
+    (tmp_path / "d").rename(tmp_path / "moved")
+    with pytest.raises(FileNotFoundError, match="give --data"):
+        run_data(tmp_path / "r")
+
+
+def test_files_and_folders_are_flushed_as_windows_allows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, flushed = {}, []
+    own = os.open
+
+    def windows(path: Path, flags: int) -> int:
+        if Path(path).is_dir():
+            raise PermissionError("a folder")
+        descriptor = own(path, flags)
+        opened[descriptor] = flags
+        return descriptor
+
+    def fsync(descriptor: int) -> None:
+        if not opened[descriptor] & (os.O_RDWR | os.O_WRONLY):
+            raise OSError("open for reading")
+        flushed.append(descriptor)
+
+    monkeypatch.setattr(os, "open", windows)
+    monkeypatch.setattr(os, "fsync", fsync)
+    (tmp_path / "f").write_bytes(b"x")
+    sync(tmp_path / "f")
+    sync(tmp_path)
+    assert len(flushed) == 1
+
+
+def test_compiling_without_a_compiler_is_refused_before_the_work(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    builder = pytest.importorskip("torch._inductor.cpp_builder")
+    error = pytest.importorskip("torch._inductor.exc").InvalidCxxCompiler
+
+    def none() -> str:
+        raise error
+
+    monkeypatch.setattr(builder, "get_cpp_compiler", none)
+    with pytest.raises(ValueError, match="leave out --compile"):
+        check_compiler(torch.device("cpu"))
+    check_compiler(torch.device("cuda"))
