@@ -26,9 +26,10 @@ TENSORBOARD_FOLDER = "tensorboard"
 REMARKS = 10
 """How many times in a run a line says whether the loss is normal."""
 
-
 SECONDS_BETWEEN_LINES = 10.0
-"""How often a line takes the place of the bar where there is no terminal, at most."""
+"""How often a line takes the place of the bar where there is no terminal, at most; the
+last step has one.
+"""
 
 
 class Progress:
@@ -110,7 +111,8 @@ class Progress:
             timing["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
         self.run.log_timing(timing)
         self.remark(record)
-        if self.lines and now - self.said_at > SECONDS_BETWEEN_LINES:
+        waited = now - self.said_at > SECONDS_BETWEEN_LINES
+        if self.lines and (waited or step == self.stop):
             self.said_at = now
             self.report(
                 f"step {step:,} of {self.stop:,}, epoch {record['epoch']:g}: loss "
