@@ -149,7 +149,8 @@ def test_from_pretraining_to_pictures(capsys: pytest.CaptureFixture[str]) -> Non
     assert "loss to beat" in said.out
     assert "saved in run: model.safetensors, config.json" in said.out
     # no terminal, so lines instead of a bar
-    assert "step 3 of 3" in said.out and said.err == ""
+    assert "step 3 of 3" in said.out
+    assert said.err == ""
     record = json.loads(Path("run/run.json").read_text())
     assert record["starts"][0]["command"] == "crate " + " ".join(command)
     assert (
