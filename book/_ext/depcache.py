@@ -37,7 +37,7 @@ VERSION = "1"
 
 # Folders whose files a page depends on when it, or a module that it imports, names
 # them.
-DATA_FOLDERS = ["results", "crate_core/weights"]
+DATA_FOLDERS = ["results", "crate_core/weights", "crate_core/live"]
 
 # Import names whose distribution is called something else.
 DISTRIBUTIONS = {"sklearn": "scikit-learn", "PIL": "pillow"}
