@@ -24,12 +24,12 @@ from crate_core.evaluation.paired import (
 )
 
 # Integers, so that sums are exact and ties are ties.
-whole = st.lists(st.integers(-50, 50), min_size=2, max_size=7)
+whole = st.lists(st.integers(-50, 50).map(float), min_size=2, max_size=7)
 
 
 @given(differences=whole)
 @settings(max_examples=40)
-def test_sign_flips_are_counted_one_by_one(differences: list[int]) -> None:
+def test_sign_flips_are_counted_one_by_one(differences: list[float]) -> None:
     d = np.array(differences)
     patterns = itertools.product((-1, 1), repeat=len(d))
     at_least = [abs(np.dot(signs, d)) >= abs(d.sum()) for signs in patterns]
@@ -108,7 +108,7 @@ def test_holm_by_hand() -> None:
 
 def run(seed: int, loss: float, **more: Any) -> dict[str, Any]:
     """A record of two evaluations."""
-    scores = [{"epoch": e, "test": {"loss": v}} for e, v in ((0, 1.0), (20, loss))]
+    scores = [{"epoch": e, "test": {"loss": v}} for e, v in ((0.0, 1.0), (20.0, loss))]
     return {"name": f"s{seed}", "seed": seed, "arm": "a", "scores": scores, **more}
 
 
@@ -116,7 +116,7 @@ def test_a_measure_by_seed() -> None:
     runs = [run(1, 0.5), run(2, 0.25), run(2, 0.75, arm="b")]
     assert by_seed(runs, "loss", arm="a") == {1: 0.5, 2: 0.25}
     assert by_seed(runs, "loss", arm="a", gain=True) == {1: -0.5, 2: -0.75}
-    assert by_seed(runs, "loss", arm="b", epoch=0) == {2: 1.0}
+    assert by_seed(runs, "loss", arm="b", epoch=0.0) == {2: 1.0}
     assert by_seed(runs, "loss", arm="c") == {}
 
 
