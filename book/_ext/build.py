@@ -43,7 +43,10 @@ def build(root: Path = ROOT, extra: tuple[str, ...] = ()) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     all_ran = execute_book(root)
     print("All chapters have run; writing the pages.", flush=True)
-    status = subprocess.run(command, cwd=root, check=False).returncode
+    # Warnings and errors come on stderr; what Jupyter Book says when it is done, we say.
+    status = subprocess.run(
+        command, cwd=root, stdout=subprocess.DEVNULL, check=False
+    ).returncode
     if status == 0 and not all_ran:
         # it failed once and ran through in Sphinx: outputs that depend on chance
         status = 1
