@@ -31,6 +31,30 @@ dense screens and paper show."""
 PALETTE_ERROR = 1.5
 """Largest root mean square error, in levels of 255, that a palette may cost a picture."""
 
+EDGES = """
+(function () {
+  var wide = "div.math, div.math mjx-container, p, pre, .output, table, .more-box";
+  function mark(box) {
+    var left = box.scrollLeft, more = box.scrollWidth - box.clientWidth;
+    var scrolls = more > 2 && /auto|scroll/.test(getComputedStyle(box).overflowX);
+    box.classList.toggle("more-left", scrolls && left > 2);
+    box.classList.toggle("more-right", scrolls && left < more - 2);
+  }
+  function all() {
+    document.querySelectorAll("article.bd-article :is(" + wide + ")").forEach(mark);
+  }
+  document.addEventListener("scroll", function (event) {
+    if (event.target.classList) mark(event.target);
+  }, {capture: true, passive: true});
+  window.addEventListener("resize", all, {passive: true});
+  window.addEventListener("load", function () {
+    var ready = window.MathJax && MathJax.startup && MathJax.startup.promise;
+    Promise.resolve(ready).then(all);
+  });
+})();
+"""
+"""Marks boxes that scroll sideways, for `book.css` to show at which edge there is more."""
+
 ICON = re.compile(
     r'[{,]"?([a-z0-9-]+)"?:\[(\d+),(\d+),\[[^\]]*\],"[0-9a-f]+",("[^"]*"|\[[^\]]*\])\]'
 )
@@ -167,15 +191,22 @@ def entry_page(target: str, title: str) -> str:
 
 
 def wrong_address(title: str, first: str) -> str:
-    """What a server shows for an address that is none of the site's."""
+    """What a server shows for an address that is none of the site's.
+
+    It is shown under that address, so its links start where the site does: at what
+    stands before the first folder of the site's own in the address.
+    """
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"/>'
         '<meta name="viewport" content="width=device-width, initial-scale=1"/>'
+        "<script>var own = location.pathname.search(/\\/(book|_modules|_static)\\//);"
+        "if (own >= 0) document.write('<base href=\"' + "
+        "location.pathname.slice(0, own + 1) + '\">');</script>"
         f"<title>No such page: {html.escape(title)}</title>"
         "<style>body{font:1.1rem/1.6 sans-serif;margin:15vh auto;max-width:32rem;"
         "padding:0 1rem}</style></head><body><h1>No such page</h1>"
-        f'<p>The address may be old. <a href="/{first}">Start at the first page</a>, '
-        'or <a href="/search.html">search the book</a>.</p></body></html>\n'
+        f'<p>The address may be old. <a href="{first}">Start at the first page</a>, '
+        'or <a href="search.html">search the book</a>.</p></body></html>\n'
     )
 
 
@@ -217,6 +248,7 @@ def finish(app: Sphinx, exception: Exception | None) -> None:
 
 def setup(app: Sphinx) -> dict[str, object]:
     """Register the extension."""
+    app.add_js_file(None, body=EDGES)
     # after the extensions that write into pages as the build ends
     app.connect("build-finished", finish, priority=900)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

@@ -101,6 +101,9 @@ def tab(request: pytest.FixtureRequest, browser) -> Iterator[Visit]:
 
 MEASURE = r"""async () => {
   if (window.MathJax && MathJax.startup) await MathJax.startup.promise;
+  // pictures load when they come near: here all of them are wanted
+  document.querySelectorAll("img[loading=lazy]").forEach(e => { e.loading = "eager"; });
+  await Promise.all(Array.from(document.images, e => e.decode().catch(() => null)));
   // unfold what is folded: what is hidden must fit and be rendered too
   document.querySelectorAll("details").forEach(d => { d.open = true; });
   document.querySelectorAll(".toggle-hidden").forEach(d => d.classList.remove("toggle-hidden"));
