@@ -44,7 +44,7 @@ from crate_core.model.cost import operation_counter
 from crate_core.model.files import save_model
 from crate_core.records import device_name, provenance, write_json
 from crate_core.training.pretrain import pretrain
-from crate_core.training.recipe import OPERATIONAL, PretrainConfig, image_size
+from crate_core.training.recipe import OPERATIONAL, PretrainConfig
 from crate_core.training.run_directory import (
     RUN_FILE,
     PretrainResult,
@@ -248,7 +248,7 @@ def operations(model: MaskedAutoencoder) -> int:
     """Floating-point operations of one training picture's forward pass, in a batch of
     64, masking ratio 0.75.
     """
-    images = torch.zeros(64, model.config.channels, *image_size(model.config))
+    images = torch.zeros(64, model.config.channels, *model.config.image_shape)
     with operation_counter() as counter:
         model(images, 0.75)
     return counter.get_total_flops() // 64

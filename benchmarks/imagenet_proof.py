@@ -21,17 +21,11 @@ from pathlib import Path
 import torch
 
 from crate_core.data.named import open_data
-from crate_core.model.budget import state_bytes
-from crate_core.model.cost import operations
+from crate_core.model.cost import operations, state_bytes
+from crate_core.records import device_name, provenance, write_json
 from crate_core.training.pretrain import pretrain
 from crate_core.training.recipe import PretrainConfig
-from crate_core.training.run_directory import (
-    TIMING_FILE,
-    RunDirectory,
-    device_name,
-    provenance,
-    write_json,
-)
+from crate_core.training.run_directory import TIMING_FILE, RunDirectory
 
 
 def main() -> None:

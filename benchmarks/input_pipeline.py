@@ -36,7 +36,7 @@ from crate_core.data.transforms import (
     raw_tensor,
     uniforms,
 )
-from crate_core.training.run_directory import device_name, provenance, write_json
+from crate_core.records import device_name, provenance, write_json
 
 SIZE = (224, 224)
 

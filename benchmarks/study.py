@@ -52,11 +52,8 @@ from crate_core.model.build import build_model, load_model
 from crate_core.model.config import CrateMAEConfig, ModelConfig, ViTMAEConfig
 from crate_core.model.cost import operation_counter
 from crate_core.records import device_name, provenance, write_json
-from crate_core.training.pretrain import (
-    TrainingDivergedError,
-    initial_model,
-    pretrain,
-)
+from crate_core.training.loop import TrainingDivergedError, initial_model
+from crate_core.training.pretrain import pretrain
 from crate_core.training.recipe import PretrainConfig, total_steps
 from crate_core.training.run_directory import RunDirectory
 from crate_core.training.yardsticks import held_out_loss, some_pictures, trivial_loss

@@ -20,13 +20,9 @@ import torch
 from crate_core.data.named import open_data
 from crate_core.evaluation.finetune import FinetuneConfig, finetune
 from crate_core.evaluation.probe import untrained
+from crate_core.records import device_name, provenance, write_json
 from crate_core.training.recipe import PretrainConfig
-from crate_core.training.run_directory import (
-    SUMMARY_FILE,
-    device_name,
-    provenance,
-    write_json,
-)
+from crate_core.training.run_directory import SUMMARY_FILE
 
 
 def main() -> None:

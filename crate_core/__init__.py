@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     from crate_core.model.attention import exact_mssa as exact_mssa
     from crate_core.model.attention import mssa as mssa
     from crate_core.model.attention import mssa_step as mssa_step
+    from crate_core.model.autoencoder import CrateMAEOutput as CrateMAEOutput
+    from crate_core.model.autoencoder import Reconstruction as Reconstruction
     from crate_core.model.config import PRESETS as PRESETS
     from crate_core.model.config import CrateMAEConfig as CrateMAEConfig
     from crate_core.model.crate import CrateMAE as CrateMAE
     from crate_core.model.layers import DecoderLayer as DecoderLayer
     from crate_core.model.layers import EncoderLayer as EncoderLayer
-    from crate_core.model.outputs import CrateMAEOutput as CrateMAEOutput
-    from crate_core.model.outputs import Reconstruction as Reconstruction
     from crate_core.model.patches import patchify as patchify
     from crate_core.model.patches import random_masking as random_masking
     from crate_core.model.patches import sincos_positions as sincos_positions
@@ -105,7 +105,7 @@ EXPORTS = {
         "random_bases",
     ),
     "model.crate": ("CrateMAE",),
-    "model.outputs": (
+    "model.autoencoder": (
         "CrateMAEOutput",
         "Reconstruction",
     ),

@@ -148,7 +148,7 @@ def run_data(arguments: Sequence[str], command: str) -> None:
         readable,
         understood,
     )
-    from crate_core.model.files import atomic_write
+    from crate_core.records import atomic_write
 
     data = open_data(options.source, options.data_root)
     print("\n".join([*understood(data), *class_counts(data)]))
@@ -220,12 +220,11 @@ def run_reconstruct(arguments: Sequence[str], command: str) -> None:
 
     import torch
 
-    from crate_core.data.batches import Stream, mask_noise
     from crate_core.data.named import open_data
     from crate_core.data.sources import FileImages, ImageSource
     from crate_core.data.understood import some_readable, understood
+    from crate_core.keys import Stream, mask_noise
     from crate_core.model.build import load_model
-    from crate_core.training.recipe import image_size
     from crate_core.training.yardsticks import save_reconstructions
 
     model = load_model(options.checkpoint)
@@ -245,7 +244,7 @@ def run_reconstruct(arguments: Sequence[str], command: str) -> None:
         print("\n".join(understood(data)))
         source, count = data.held_out, options.count
     shown = some_readable(
-        source, image_size(model.config), model.config.channels, count
+        source, model.config.image_shape, model.config.channels, count
     )
     rows = []
     for index, picture in shown:

@@ -1,5 +1,5 @@
-r"""Where a number comes from: command, commit, device, versions, time; and JSON files
-that are whole or absent.
+r"""Where a number comes from: command, commit, device, versions, time; and files that
+are whole or absent.
 
 Book: :ref:`ch-first-training`.
 """
@@ -17,8 +17,6 @@ from typing import Any
 
 import torch
 
-from crate_core.model.files import atomic_write
-
 PACKAGES = (
     "crate-core",
     "torch",
@@ -28,6 +26,24 @@ PACKAGES = (
     "safetensors",
     "torchvision",
 )
+
+
+def atomic_write(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all: under a temporary name beside it, flushed to
+    disk, then renamed.
+
+    Raises ``OSError`` if the disk is full or not writable; the previous file is then
+    untouched.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -16,7 +16,6 @@ Book: :ref:`ch-first-training`.
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from enum import IntEnum
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -25,41 +24,21 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from crate_core.data.pictures import Picture, UnreadableImageError
+from crate_core.data.pictures import Augmentation, Picture, UnreadableImageError
 from crate_core.data.sources import ImageSource
-from crate_core.data.transforms import CROP_SCALE as CROP_SCALE
-from crate_core.data.transforms import Size, crop_flip, fit, mixed, raw_tensor
-from crate_core.data.transforms import augmented as augmented
-from crate_core.data.transforms import in_mode as in_mode
-from crate_core.data.transforms import prepare as prepare
-from crate_core.data.transforms import to_tensor as to_tensor
-from crate_core.shapes import PatchNoise
-from crate_core.training.recipe import Augmentation
+from crate_core.data.transforms import (
+    Size,
+    crop_flip,
+    fit,
+    in_mode,
+    mixed,
+    prepare,
+    raw_tensor,
+)
+from crate_core.keys import Stream, random_generator, random_key
 
 SUBSTITUTES = 100
 """How many other pictures are tried in the place of one that cannot be read."""
-
-
-class Stream(IntEnum):
-    """What a random key is for; keeps the streams of one seed apart."""
-
-    SHUFFLE = 0
-    AUGMENT = 1
-    MASK = 2
-    SUBSTITUTE = 3
-    EVALUATION_MASK = 4
-
-
-def random_key(*numbers: int) -> int:
-    """A 63-bit seed from nonnegative integers, well mixed (numpy's ``SeedSequence``)."""
-    return int(
-        np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1)
-    )
-
-
-def random_generator(*numbers: int) -> torch.Generator:
-    """A torch generator on the CPU seeded by :func:`random_key`."""
-    return torch.Generator().manual_seed(random_key(*numbers))
 
 
 @lru_cache(maxsize=8)
@@ -73,17 +52,6 @@ def picture_key(seed: int, epoch: int, index: int) -> int:
     :func:`random_key` would cost a tenth of reading a small picture.
     """
     return mixed(epoch_key(seed, epoch) ^ mixed(index))
-
-
-def mask_noise(
-    seed: int, step: int, batch_size: int, length: int, stream: Stream = Stream.MASK
-) -> PatchNoise:
-    """Uniform noise (batch_size, length) in [0, 1) that fixes the masks of one step: a
-    function of (seed, step).
-    """
-    return torch.rand(
-        batch_size, length, generator=random_generator(seed, stream, step)
-    )
 
 
 class EpochOrder:

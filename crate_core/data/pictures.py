@@ -20,10 +20,16 @@ Book: :ref:`ch-first-training`.
 import io
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from PIL import ExifTags, Image, ImageCms
 from torch import Tensor
+
+Augmentation = Literal["none", "crop_flip"]
+"""What happens to training pictures: nothing but bringing them to the model's size, or
+a random resized crop and a horizontal flip.
+"""
 
 Picture = Image.Image | Tensor
 

@@ -33,13 +33,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from crate_core.data.batches import (
-    Batch,
-    Stream,
-    TrainingPictures,
-    local_rows,
-    random_key,
-)
+from crate_core.data.batches import Batch, TrainingPictures, local_rows
 from crate_core.data.named import (
     cell_file,
     damaged_shard,
@@ -51,6 +45,7 @@ from crate_core.data.named import (
 from crate_core.data.parts import visible_parquet
 from crate_core.data.pictures import Picture, open_picture
 from crate_core.data.sources import ImageData, ImageSource
+from crate_core.keys import Stream, random_key
 
 BUFFER = 10_000
 """Rows of the shuffle buffer."""

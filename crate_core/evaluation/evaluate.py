@@ -31,13 +31,8 @@ from crate_core.evaluation.probe import (
 )
 from crate_core.model.autoencoder import MaskedAutoencoder
 from crate_core.model.build import load_model
-from crate_core.training.recipe import image_size
-from crate_core.training.run_directory import (
-    RUN_FILE,
-    device_name,
-    provenance,
-    write_json,
-)
+from crate_core.records import device_name, provenance, write_json
+from crate_core.training.run_directory import RUN_FILE
 from crate_core.training.yardsticks import reconstruction_by_ratio, some_pictures
 
 EVALUATION_FILE = "evaluation.json"
@@ -141,7 +136,7 @@ def evaluate(
     elif probe or neighbours:
         report("no labels of two classes: probes and neighbours are left out")
     found = readable(
-        opened, image_size(model.config), model.config.channels, max_unreadable, workers
+        opened, model.config.image_shape, model.config.channels, max_unreadable, workers
     )
     for line in found.lines():
         report(line)

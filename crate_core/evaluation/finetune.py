@@ -18,23 +18,20 @@ from torch import Tensor, nn
 
 from crate_core.data.batches import (
     StepBatches,
-    Stream,
     TrainingPictures,
     UnreadableCount,
-    augmented,
     evaluation_batches,
     loader,
-    prepare,
-    random_generator,
-    random_key,
 )
 from crate_core.data.pictures import Picture
 from crate_core.data.sources import ImageData, ImageSource
+from crate_core.data.transforms import augmented, prepare
 from crate_core.evaluation.probe import class_count
+from crate_core.keys import Stream, random_generator, random_key
 from crate_core.model.autoencoder import MaskedAutoencoder
 from crate_core.shapes import Images, PictureVectors, Tokens
-from crate_core.training.pretrain import TrainingDivergedError
-from crate_core.training.recipe import image_size, warmup_cosine
+from crate_core.training.loop import TrainingDivergedError
+from crate_core.training.recipe import warmup_cosine
 
 Pooling = Literal["patch_mean", "class_token"]
 FinetuneAugmentation = Literal["none", "crop_flip", "shift_flip"]
@@ -223,7 +220,7 @@ class LabelledPictures(TrainingPictures):
         self, source: ImageSource, model: MaskedAutoencoder, config: FinetuneConfig
     ) -> None:
         super().__init__(
-            source, image_size(model.config), model.config.channels, "none", config.seed
+            source, model.config.image_shape, model.config.channels, "none", config.seed
         )
         self.choice = config.augmentation
 
@@ -272,7 +269,7 @@ def accuracy(model: Classifier, source: ImageSource, workers: int = 0) -> float:
     device = next(model.parameters()).device
     right = seen = 0
     for batch in evaluation_batches(
-        source, image_size(frame.config), frame.config.channels, workers=workers
+        source, frame.config.image_shape, frame.config.channels, workers=workers
     ):
         if len(batch.images):
             labels = torch.from_numpy(source.labels[batch.indices.numpy()])

@@ -23,13 +23,13 @@ from sklearn.model_selection import StratifiedShuffleSplit
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from crate_core.data.batches import evaluation_batches, random_key
+from crate_core.data.batches import evaluation_batches
 from crate_core.data.sources import ImageData, ImageSource
+from crate_core.keys import random_key
 from crate_core.model.autoencoder import MaskedAutoencoder
 from crate_core.model.build import build_model
 from crate_core.model.config import FrameConfig
 from crate_core.shapes import Images
-from crate_core.training.recipe import image_size
 
 INVERSE_REGULARIZATION = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Values of scikit-learn's C that a probe chooses from."""
@@ -107,7 +107,7 @@ def encode(
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
-    size = image_size(model.config)
+    size = model.config.image_shape
     tokens, means, pixels, indices = [], [], [], []
     unreadable = 0
     for batch in evaluation_batches(

@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from crate_core.data.batches import Stream, mask_noise, random_key
 from crate_core.inspection.layer_measures import (
     attention_parts,
     inversion_measures,
@@ -33,6 +32,7 @@ from crate_core.inspection.measures import (
     participation_ratio,
     subspace_cosines,
 )
+from crate_core.keys import Stream, mask_noise, random_key
 from crate_core.model.autoencoder import MaskedAutoencoder
 from crate_core.model.config import CrateMAEConfig
 from crate_core.shapes import Images

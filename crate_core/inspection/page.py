@@ -30,10 +30,8 @@ from crate_core.inspection.sections import (
 )
 from crate_core.model.autoencoder import MaskedAutoencoder
 from crate_core.model.config import FrameConfig
-from crate_core.model.files import atomic_write
-from crate_core.records import device_name, provenance
+from crate_core.records import atomic_write, device_name, provenance
 from crate_core.shapes import Images
-from crate_core.training.recipe import image_size
 from crate_core.training.yardsticks import some_pictures
 
 STYLE = """
@@ -70,7 +68,7 @@ def shipped_pictures(config: FrameConfig, count: int = 32) -> Images:
         for image in load_sample_images().images
     ]
     height = photographs[0].shape[1]
-    side = height // max(1, min(4, round(height / max(image_size(config)))))
+    side = height // max(1, min(4, round(height / max(config.image_shape))))
     squares = [
         photo.unfold(1, side, side).unfold(2, side, side).flatten(1, 2).movedim(1, 0)
         for photo in photographs
@@ -197,7 +195,7 @@ def named_pictures(
     shown = [
         picture
         for _, picture in some_readable(
-            source, image_size(config), config.channels, count
+            source, config.image_shape, config.channels, count
         )
     ]
     said = [picture for picture in shown if isinstance(picture, str)]

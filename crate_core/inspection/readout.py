@@ -9,7 +9,7 @@ import math
 import numpy as np
 import torch
 
-from crate_core.data.batches import Stream, mask_noise
+from crate_core.keys import Stream, mask_noise
 from crate_core.model.autoencoder import MaskedAutoencoder
 from crate_core.model.patches import patchify
 from crate_core.shapes import Images, OtherImages

@@ -24,7 +24,6 @@ from crate_core.inspection.token_blends import interpolate_tokens
 from crate_core.inspection.tokens import token_pca, trace_tokens
 from crate_core.model.autoencoder import MaskedAutoencoder
 from crate_core.shapes import Images
-from crate_core.training.recipe import image_size
 
 SHOWN = 6
 """Pictures that the page shows."""
@@ -277,7 +276,7 @@ def picture_sections(
     """The sections with pictures: attention maps, principal components of tokens, and
     blends of two pictures.
     """
-    size, shown = image_size(model.config), images[:SHOWN]
+    size, shown = model.config.image_shape, images[:SHOWN]
     rows: list[tuple[str, Tensor]] = [("picture", shown)]
     for name, network in (("this model", model), ("untrained", control)):
         maps = upsample(all_attention_maps(network, shown)[-1].class_token.cpu(), size)

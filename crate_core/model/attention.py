@@ -4,12 +4,12 @@ Book: :ref:`ch-attention`.
 """
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
+from crate_core.model.kernels import ShortSharedAttention
 from crate_core.shapes import AttentionWeights, Bases, Heads, Tokens
 from crate_core.theory.rate import (
     head_coordinates,
@@ -46,48 +46,13 @@ pass.
 """
 
 
-class ShortSharedAttention(torch.autograd.Function):
-    r"""Attention with one shared projection that keeps its weights, with its gradient
-    in closed form,
-
-    .. math:: O = A V, \quad A = \mathrm{softmax}(\alpha V V^\top), \qquad
-              \nabla_V = A^\top G + \alpha\,(S + S^\top) V, \quad
-              S = A \odot \big(G V^\top - (G V^\top \odot A)\,\mathbf{1}\mathbf{1}^\top\big),
-
-    for a gradient G of the output.  Six matrix products in all.  PyTorch's fused
-    attention on a CPU stores no weights, but its backward pass in bfloat16 is many
-    times slower than these products; for few tokens the weights are small.
-
-    Book: :ref:`ch-cost`.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, v: Tensor, scale: float) -> Tensor:
-        weights = torch.softmax(torch.bmm(v, v.mT) * scale, dim=-1)
-        ctx.save_for_backward(v, weights)
-        ctx.scale = scale
-        return torch.bmm(weights, v)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        v, weights = ctx.saved_tensors
-        to_weights = torch.bmm(gradient, v.mT)
-        to_scores = weights * (
-            to_weights - (to_weights * weights).sum(-1, keepdim=True)
-        )
-        to_values = torch.bmm(weights.mT, gradient)
-        return torch.baddbmm(
-            to_values, to_scores + to_scores.mT, v, alpha=ctx.scale
-        ), None
-
-
 def attend(v: Heads, scale: float, values: Heads | None = None) -> Heads:
     r"""Self-attention with one shared projection as query, key and value, :math:`A_k
     V_k` as rows.
 
     Equal to ``attention_weights(v, scale) @ v``, or ``@ values`` where these are given.
     Where PyTorch has a fused kernel (always on a CPU) the n x n weights are not stored,
-    and memory grows linearly in n; the exception is :class:`ShortSharedAttention`.
+    and memory grows linearly in n; the exception is :class:`~crate_core.model.kernels.ShortSharedAttention`.
 
     Parameters
     ----------

@@ -10,13 +10,13 @@ Book: :ref:`ch-crate-mae`.
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from crate_core.model.config import FrameConfig
-from crate_core.model.outputs import CrateMAEOutput, Reconstruction
 from crate_core.model.patches import (
     gather_tokens,
     normalize_patches,
@@ -32,6 +32,7 @@ from crate_core.shapes import (
     AttentionWeights,
     Images,
     Patches,
+    PatchMask,
     PatchNoise,
     PatchOrder,
     Tokens,
@@ -39,6 +40,43 @@ from crate_core.shapes import (
 
 END_NORM_EPS = 1e-6
 """Added to the variance in the LayerNorms after the encoder and after the decoder."""
+
+
+@dataclass(frozen=True)
+class CrateMAEOutput:
+    """What a forward pass returns; names as in transformers' ViTMAE."""
+
+    loss: Tensor
+    """Mean squared error over removed patches; not a number when none is removed."""
+    logits: Patches
+    """Predicted patches (B, L, P*P*C), in the units of the targets."""
+    mask: PatchMask
+    """(B, L), 1 where a patch was removed."""
+    ids_restore: PatchOrder
+    """(B, L), position of each patch in the order of increasing noise."""
+    hidden_states: tuple[Tensor, ...] | None = None
+    """Encoder tokens (B, n, d): the embedding, then the output of each layer; when
+    asked for.
+    """
+    attentions: tuple[Tensor, ...] | None = None
+    """Encoder attention weights (B, K, n, n) of each layer; when asked for."""
+    decoder_hidden_states: tuple[Tensor, ...] | None = None
+    """Decoder tokens (B, n, d): its input, then the output of each layer; with the
+    encoder's.
+    """
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """Pictures (B, C, H, W) in the units of the input: ``masked`` input (removed
+    patches at the pixel mean), ``predicted`` by the model everywhere, ``pasted``:
+    visible patches of the input and predictions elsewhere; and the ``mask`` (B, L).
+    """
+
+    masked: Images
+    predicted: Images
+    pasted: Images
+    mask: PatchMask
 
 
 class FrameLayer(Protocol):

@@ -9,7 +9,7 @@ from crate_core.model.autoencoder import MaskedAutoencoder
 from crate_core.model.config import CrateMAEConfig, FrameConfig, config_from_dict
 from crate_core.model.crate import CrateMAE
 from crate_core.model.files import read_config
-from crate_core.model.hub import resolve_directory
+from crate_core.model.saved import resolve_directory
 
 
 def architecture(config: FrameConfig) -> type[MaskedAutoencoder]:

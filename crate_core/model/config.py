@@ -150,14 +150,15 @@ class FrameConfig:
         return {"model_type": self.model_type, **asdict(self)}
 
     @property
+    def image_shape(self) -> tuple[int, int]:
+        """Height and width in pixels at the configured image size."""
+        size = self.image_size
+        return (size, size) if isinstance(size, int) else size
+
+    @property
     def grid(self) -> tuple[int, int]:
         """Patches down and across at the configured image size."""
-        height, width = (
-            (self.image_size,) * 2
-            if isinstance(self.image_size, int)
-            else self.image_size
-        )
-        return patch_grid(height, width, self.patch_size)
+        return patch_grid(*self.image_shape, self.patch_size)
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from crate_core.model.autoencoder import MaskedAutoencoder
 from crate_core.model.config import CrateMAEConfig
-from crate_core.model.files import convert_reference, load_weights, unwrap_state_dict
+from crate_core.model.files import load_weights, unwrap_state_dict
 from crate_core.model.layers import DecoderLayer, EncoderLayer
+from crate_core.model.reference import convert_reference
 
 
 class CrateMAE(MaskedAutoencoder):

@@ -11,7 +11,6 @@ from torch.export import Dim, ExportedProgram
 
 from crate_core.model.autoencoder import MaskedAutoencoder
 from crate_core.shapes import Images, Tokens
-from crate_core.training.recipe import image_size
 
 
 class Encoder(nn.Module):
@@ -35,7 +34,7 @@ def example_images(model: MaskedAutoencoder) -> Images:
     return torch.zeros(
         2,
         model.config.channels,
-        *image_size(model.config),
+        *model.config.image_shape,
         device=model.positions.device,
     )
 

@@ -4,12 +4,11 @@ module.
 Book: :ref:`ch-ista`.
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
+from crate_core.model.kernels import ISTAMatrix
 from crate_core.shapes import Codes, Dictionary, Scalars, Tokens
 
 
@@ -126,35 +125,6 @@ def proximal_step(
     return F.relu(codes + eta * (residual @ dictionary) - eta * lambd)
 
 
-class ISTAMatrix(torch.autograd.Function):
-    r"""The matrix of the fused step with its gradient in closed form,
-
-    .. math:: M = I + \eta\,(D - D^\top D), \qquad \nabla_D = \eta\,\big(G - D\,(G + G^\top)\big),
-
-    for a gradient G of M: two products of d x d matrices in all, where differentiating
-    step by step takes three.
-
-    Book: :ref:`ch-cost`.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, dictionary: Tensor, eta: float) -> Tensor:
-        gram = dictionary.mT @ dictionary
-        ctx.save_for_backward(dictionary)
-        # Under autocast the product is in half precision, and so is the one of the
-        # backward pass.
-        ctx.eta, ctx.product_dtype = eta, gram.dtype
-        matrix = eta * (dictionary - gram)
-        # Not in place on a view of the diagonal, which torch.onnx.export does not take.
-        return matrix + torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        (dictionary,) = ctx.saved_tensors
-        symmetric = (gradient + gradient.mT).to(ctx.product_dtype)
-        return ctx.eta * (gradient - dictionary.to(ctx.product_dtype) @ symmetric), None
-
-
 def ista_matrix(dictionary: Dictionary, eta: float) -> Dictionary:
     r"""The matrix :math:`M = I + \eta (D - D^\top D)` of the fused step, so that tokens
     as rows v give :math:`v M`.
@@ -171,7 +141,7 @@ def ista_matrix(dictionary: Dictionary, eta: float) -> Dictionary:
     tensor (d, d)
 
     Book: :ref:`ch-ista`, :eq:`eq-ista-fused`.  Its gradient is that of
-    :class:`ISTAMatrix`.
+    :class:`~crate_core.model.kernels.ISTAMatrix`.
     """
     return ISTAMatrix.apply(dictionary, eta)
 

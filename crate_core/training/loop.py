@@ -17,16 +17,14 @@ from torch.distributed.fsdp import FSDPModule
 
 from crate_core.data.batches import (
     StepBatches,
-    Stream,
     TrainingPictures,
     UnreadableCount,
     loader,
     local_rows,
-    mask_noise,
-    random_key,
 )
 from crate_core.data.sources import ImageData
 from crate_core.data.streamed import StreamedBatches, StreamedImages, StreamedPictures
+from crate_core.keys import Stream, mask_noise, random_key
 from crate_core.model.autoencoder import MaskedAutoencoder
 from crate_core.model.build import build_model
 from crate_core.shapes import Pictures
@@ -41,7 +39,6 @@ from crate_core.training.devices import (
 from crate_core.training.progress import Progress
 from crate_core.training.recipe import (
     PretrainConfig,
-    image_size,
     learning_rate,
     total_steps,
 )
@@ -147,7 +144,7 @@ class Trainer:
         remaining = (config.batch_size, config.seed, self.step, self.stop, *share)
         pictures = (
             self.data.train,
-            image_size(config.model),
+            config.model.image_shape,
             config.model.channels,
             config.augmentation,
             config.seed,

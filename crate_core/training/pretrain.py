@@ -22,6 +22,7 @@ from crate_core.data.sources import ImageData
 from crate_core.data.streamed import stream_data
 from crate_core.data.understood import understood
 from crate_core.model.autoencoder import MaskedAutoencoder
+from crate_core.records import device_name, provenance, write_json
 from crate_core.training.devices import check_compiler, make_accelerator
 from crate_core.training.loop import PICTURES_SHOWN as PICTURES_SHOWN
 from crate_core.training.loop import Trainer, draw_reconstructions, initial_model
@@ -33,10 +34,7 @@ from crate_core.training.run_directory import (
     PretrainResult,
     RunDirectory,
     describe,
-    device_name,
-    provenance,
     result_of,
-    write_json,
 )
 from crate_core.training.yardsticks import (
     TrivialLoss,

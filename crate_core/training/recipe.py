@@ -16,15 +16,14 @@ from typing import Any, Literal
 
 from torch import nn
 
+from crate_core.data.pictures import Augmentation
 from crate_core.model.config import (
     CrateMAEConfig,
-    FrameConfig,
     ModelConfig,
     ViTMAEConfig,
     config_from_dict,
 )
 
-Augmentation = Literal["none", "crop_flip"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -49,12 +48,6 @@ LATER = {"streaming": False}
 """Fields that older runs do not know, with what they did; left out of a run's identity
 at this value.
 """
-
-
-def image_size(model: FrameConfig) -> tuple[int, int]:
-    """Height and width that a model's pictures are brought to."""
-    size = model.image_size
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 @dataclass(frozen=True)

@@ -30,17 +30,8 @@ import torch
 from safetensors import SafetensorError
 
 from crate_core.model.autoencoder import MaskedAutoencoder
-from crate_core.model.files import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    StateDict,
-    atomic_write,
-    load_weights,
-)
-from crate_core.records import device_name as device_name
-from crate_core.records import git_commit as git_commit
-from crate_core.records import provenance as provenance
-from crate_core.records import write_json as write_json
+from crate_core.model.files import CONFIG_FILE, WEIGHTS_FILE, StateDict, load_weights
+from crate_core.records import atomic_write, write_json
 from crate_core.training.yardsticks import TrivialLoss
 
 RUN_FILE = "run.json"

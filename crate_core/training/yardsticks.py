@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from crate_core.data.batches import Stream, evaluation_batches, mask_noise
+from crate_core.data.batches import evaluation_batches
 from crate_core.data.sources import ImageSource, SelectedImages
+from crate_core.keys import Stream, mask_noise
 from crate_core.model.autoencoder import MaskedAutoencoder
 from crate_core.model.config import FrameConfig
-from crate_core.model.files import atomic_write
+from crate_core.records import atomic_write
 from crate_core.shapes import Images, PatchMask, PatchNoise
-from crate_core.training.recipe import image_size
 
 YARDSTICK_PICTURES = 2048
 """How many pictures the trivial and the held-out loss are measured on, at most."""
@@ -77,7 +77,7 @@ def some_batches(
     )
     found = False
     for batch in evaluation_batches(
-        SelectedImages(source, chosen), image_size(config), config.channels, batch_size
+        SelectedImages(source, chosen), config.image_shape, config.channels, batch_size
     ):
         if len(batch.images):
             found = True

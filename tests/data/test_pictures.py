@@ -13,12 +13,13 @@ from PIL import Image, ImageCms, features
 from crate_core.data.pictures import (
     NOT_DECODED,
     TURNS,
+    UnreadableImageError,
     as_shown,
     formats,
     image_extensions,
     open_picture,
 )
-from crate_core.data.sources import ImageSource, UnreadableImageError
+from crate_core.data.sources import ImageSource
 
 WITH_EXIF = [
     name

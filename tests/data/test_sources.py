@@ -17,14 +17,8 @@ from crate_core.data.batches import (
     StepBatches,
     TrainingPictures,
     UnreadableCount,
-    augmented,
     evaluation_batches,
-    fit,
-    in_mode,
     loader,
-    mask_noise,
-    prepare,
-    to_tensor,
 )
 from crate_core.data.named import open_data
 from crate_core.data.pictures import (
@@ -33,6 +27,8 @@ from crate_core.data.pictures import (
     open_picture,
 )
 from crate_core.data.sources import ArrayImages, FileImages, held_out_split
+from crate_core.data.transforms import augmented, fit, in_mode, prepare, to_tensor
+from crate_core.keys import mask_noise
 
 
 def picture(

@@ -17,7 +17,6 @@ from PIL import Image
 import crate_core.evaluation.evaluate
 import crate_core.evaluation.probe
 from crate_core.cli import main
-from crate_core.data.batches import Stream, mask_noise
 from crate_core.data.named import open_data
 from crate_core.data.sources import ArrayImages, FileImages, ImageData
 from crate_core.evaluation.evaluate import (
@@ -41,6 +40,7 @@ from crate_core.evaluation.probe import (
     small_pixels,
     untrained,
 )
+from crate_core.keys import Stream, mask_noise
 from crate_core.model.build import build_model
 from crate_core.model.config import CrateMAEConfig, ViTMAEConfig
 from crate_core.model.crate import CrateMAE

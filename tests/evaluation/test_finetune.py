@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crate_core.data.batches import StepBatches, Stream, augmented, random_key
+from crate_core.data.batches import StepBatches
 from crate_core.data.sources import ArrayImages, ImageData
+from crate_core.data.transforms import augmented
 from crate_core.evaluation.finetune import (
     Classifier,
     FinetuneConfig,
@@ -26,9 +27,10 @@ from crate_core.evaluation.finetune import (
     shifted,
 )
 from crate_core.evaluation.probe import class_count, untrained
+from crate_core.keys import Stream, random_key
 from crate_core.model.build import load_model
 from crate_core.model.config import CrateMAEConfig, FrameConfig, ViTMAEConfig
-from crate_core.training.pretrain import TrainingDivergedError
+from crate_core.training.loop import TrainingDivergedError
 from crate_core.training.recipe import warmup_cosine
 
 CRATE = CrateMAEConfig.preset("digits", dim=16, depth=2, heads=2)

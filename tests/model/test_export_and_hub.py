@@ -15,13 +15,13 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-import crate_core.model.hub
+import crate_core.model.saved
 from crate_core.model.build import build_model, load_model
 from crate_core.model.config import CrateMAEConfig, FrameConfig, ViTMAEConfig
 from crate_core.model.crate import CrateMAE
 from crate_core.model.export import export_encoder, save_onnx
 from crate_core.model.files import save_model
-from crate_core.model.hub import (
+from crate_core.model.saved import (
     bundled_directory,
     bundled_names,
     push_to_hub,
@@ -302,7 +302,7 @@ def test_a_bundled_name_loads_offline(
     half = {name: value.half() for name, value in saved.state_dict().items()}
     save_model(tmp_path / "a-bundled-model", CRATE.to_dict(), half)
     (tmp_path / "not-a-model").mkdir()
-    monkeypatch.setattr(crate_core.model.hub, "bundled_directory", lambda: tmp_path)
+    monkeypatch.setattr(crate_core.model.saved, "bundled_directory", lambda: tmp_path)
     monkeypatch.chdir(tmp_path.parent)
     assert bundled_names() == ["a-bundled-model"]
     for model in (

@@ -10,7 +10,8 @@ import torch
 
 from crate_core.model.config import CrateMAEConfig
 from crate_core.model.crate import CrateMAE
-from crate_core.model.files import CONFIG_FILE, WEIGHTS_FILE, atomic_write, load_weights
+from crate_core.model.files import CONFIG_FILE, WEIGHTS_FILE, load_weights
+from crate_core.records import atomic_write
 
 SMALL = {
     "image_size": 8,

@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 
 from crate_core.model.config import CrateMAEConfig
 from crate_core.model.crate import CrateMAE
-from crate_core.model.files import REFERENCE_UNUSED, convert_reference, load_weights
+from crate_core.model.files import load_weights
+from crate_core.model.reference import REFERENCE_UNUSED, convert_reference
 
 ETA, LAMBDA = 0.1, 0.5
 PUBLISHED = {

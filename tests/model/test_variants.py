@@ -7,15 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crate_core.model.attention import (
-    MSSA,
-    SHORT_ATTENTION,
-    ShortSharedAttention,
-    attend,
-    attention_weights,
-)
+from crate_core.model.attention import MSSA, SHORT_ATTENTION, attend, attention_weights
 from crate_core.model.config import CrateMAEConfig, ViTMAEConfig, config_from_dict
 from crate_core.model.crate import CrateMAE
+from crate_core.model.kernels import ShortSharedAttention
 from crate_core.model.sparsify import OvercompleteISTA, proximal_step
 
 SMALL = {"image_size": 8, "patch_size": 2, "dim": 16, "depth": 2, "heads": 4}

@@ -29,12 +29,13 @@ import crate_core.training.run_directory as runs
 from crate_core.model.config import CrateMAEConfig
 from crate_core.model.crate import CrateMAE
 from crate_core.model.patches import patchify
-from crate_core.training.pretrain import (
+from crate_core.records import git_commit, provenance
+from crate_core.training.loop import (
     PICTURES_SHOWN,
     TrainingDivergedError,
     initial_model,
-    pretrain,
 )
+from crate_core.training.pretrain import pretrain
 from crate_core.training.recipe import (
     LATER,
     OPERATIONAL,
@@ -45,12 +46,7 @@ from crate_core.training.recipe import (
     parameter_groups,
     total_steps,
 )
-from crate_core.training.run_directory import (
-    CheckpointError,
-    RunDirectory,
-    git_commit,
-    provenance,
-)
+from crate_core.training.run_directory import CheckpointError, RunDirectory
 from crate_core.training.yardsticks import trivial_loss
 
 
@@ -315,8 +311,9 @@ def test_a_finished_run_holds_what_it_says(uncut: Finished) -> None:
 def test_the_loss_in_the_log_is_the_models(tmp_path: Path) -> None:
     # Step 1 has learning rate 0, so that the first line's loss is that of the initial
     # weights on the first batches.
-    from crate_core.data.batches import StepBatches, TrainingPictures, mask_noise
+    from crate_core.data.batches import StepBatches, TrainingPictures
     from crate_core.data.named import open_data
+    from crate_core.keys import mask_noise
 
     config = tiny(tmp_path, max_steps=1, log_every=1)
     train(config)

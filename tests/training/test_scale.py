@@ -134,7 +134,8 @@ DRIVER = """
 import json, os, sys
 from pathlib import Path
 import torch
-import crate_core.model.files as pretrained, crate_core.training.run_directory as runs
+import crate_core.model.files as pretrained, crate_core.records as records
+import crate_core.training.run_directory as runs
 from crate_core.data.named import open_data
 from crate_core.training.devices import make_accelerator
 from crate_core.training.loop import Trainer
@@ -167,7 +168,8 @@ def forbidden(*_, **__):
     raise AssertionError("a process other than the first writes")
 
 if not first:   # every way in which a run touches the disk
-    pretrained.atomic_write = runs.atomic_write = os.mkdir = Path.mkdir = Path.write_text = torch.save = forbidden
+    pretrained.atomic_write = runs.atomic_write = records.atomic_write = forbidden
+    os.mkdir = Path.mkdir = Path.write_text = torch.save = forbidden
     Path.rename = runs.RunDirectory.log = runs.RunDirectory.log_timing = forbidden
 
 run("gradient-copies")

@@ -14,14 +14,15 @@ from scipy.stats import ks_2samp
 from torchvision.transforms import RandomResizedCrop
 
 from crate_core.data.transforms import CROP_RATIO, CROP_SCALE, crop_box, mixed, uniforms
-from crate_core.model.budget import (
+from crate_core.model.config import CrateMAEConfig
+from crate_core.model.cost import (
     activation_bytes,
     hours,
+    operation_counter,
+    operations,
     parameter_count,
     state_bytes,
 )
-from crate_core.model.config import CrateMAEConfig
-from crate_core.model.cost import operation_counter, operations
 from crate_core.model.crate import CrateMAE
 
 
