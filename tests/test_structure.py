@@ -84,6 +84,8 @@ ORDER = [
     "companion",
     "live.parts",
     "live.denoise_compress",
+    "live.attention",
+    "live.ista",
     "live.figure",
 ]
 MODULES = sorted(

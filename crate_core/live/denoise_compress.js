@@ -131,7 +131,7 @@
       });
     },
     draw(view, state, seen, data) {
-      const [panel] = view.panels([{ x: [-1.6, 1.6], y: [-1.5, 1.5], equal: true, bare: true }],
+      const [panel] = view.panels([{ x: [-1.6, 1.6], y: [-1.5, 1.5], equal: true, wide: true, bare: true }],
         Math.min(460, 0.95 * view.width));
       shown = { panel, numbers: seen };
       const many = state.space === "many", K = data.inputs[state.space].bases.length;

@@ -17,11 +17,12 @@ import matplotlib.pyplot as plt
 from IPython.display import display
 
 from crate_core.companion import use_style
-from crate_core.live import denoise_compress
+from crate_core.live import attention, denoise_compress, ista
 from crate_core.live.parts import LiveFigure
 
 FIGURES: dict[str, LiveFigure] = {
-    figure.name: figure for figure in (denoise_compress.FIGURE,)
+    figure.name: figure
+    for figure in (denoise_compress.FIGURE, attention.FIGURE, ista.FIGURE)
 }
 """Every live figure of the book by its name."""
 

@@ -117,6 +117,11 @@
     if (parent) parent.appendChild(e);
     return e;
   }
+  /* a colour of the style sheet as numbers, for canvases */
+  function rgb(element, name) {
+    const hex = getComputedStyle(element).getPropertyValue(`--live-${name}`).trim();
+    return [1, 3, 5].map(i => parseInt(hex.slice(i, i + 2), 16));
+  }
   const colour = name => `var(--live-${name})`;
   function say(x, digits = 2) {
     if (x === 0) return "0";
@@ -152,11 +157,14 @@
     const top = o.title ? 22 : 8, bottom = o.bare ? 4 : o.xlabel ? 40 : 24;
     const area = { x: box.x + left, y: box.y + top, w: box.w - left - 10, h: box.h - top - bottom };
     let [x0, x1] = o.x, [y0, y1] = o.y;
-    if (o.equal) {  // one unit is equally long on both axes: widen the shorter side
-      const unit = Math.min(area.w / (x1 - x0), area.h / (y1 - y0));
-      const cx = (x0 + x1) / 2, cy = (y0 + y1) / 2;
-      [x0, x1] = [cx - area.w / unit / 2, cx + area.w / unit / 2];
-      [y0, y1] = [cy - area.h / unit / 2, cy + area.h / unit / 2];
+    if (o.equal) {  // one unit is equally long on both axes: the area shrinks to that
+      const unit = Math.min(area.w / Math.abs(x1 - x0), area.h / Math.abs(y1 - y0));
+      const w = unit * Math.abs(x1 - x0), h = unit * Math.abs(y1 - y0);
+      if (o.wide) {  // or it stays, and shows more of the plane
+        const cx = (x0 + x1) / 2, cy = (y0 + y1) / 2;
+        [x0, x1] = [cx - area.w / unit / 2, cx + area.w / unit / 2];
+        [y0, y1] = [cy - area.h / unit / 2, cy + area.h / unit / 2];
+      } else Object.assign(area, { x: area.x + (area.w - w) / 2, w, h });
     }
     const part = (v, a, b, log) => log ? Math.log(v / a) / Math.log(b / a) : (v - a) / (b - a);
     const X = v => area.x + area.w * part(v, x0, x1, o.logx);
@@ -187,7 +195,7 @@
         transform: `rotate(-90 ${at.x} ${at.y})` }, group, o.ylabel);
     }
     if (o.title) {
-      svg("text", { x: area.x, y: box.y + 15, "class": "live-title" }, group, o.title);
+      svg("text", { x: Math.min(area.x, box.x + left), y: box.y + 15, "class": "live-title" }, group, o.title);
     }
     const id = `live-clip-${++clips}`;
     svg("rect", { x: area.x - 1, y: area.y - 1, width: area.w + 2, height: area.h + 2 },
@@ -232,6 +240,22 @@
         const a = Y(low), b = Y(high);
         return svg("rect", Object.assign({ x: X(x) - width / 2, width, y: Math.min(a, b),
           height: Math.abs(a - b), fill: colour(name) }, extra), inside);
+      },
+      /* a matrix of shares in [0, 1], first row on top, as a picture; ink: a colour's name */
+      image(matrix, xs, ys, ink, extra) {
+        const canvas = document.createElement("canvas");
+        canvas.width = matrix[0].length;
+        canvas.height = matrix.length;
+        const pen = canvas.getContext("2d"), pixels = pen.createImageData(canvas.width, canvas.height);
+        const [r, g, b] = rgb(parent, ink);
+        matrix.forEach((row, i) => row.forEach((v, j) => {
+          pixels.data.set([r, g, b, Math.round(255 * Math.min(1, Math.max(0, v)))], 4 * (i * canvas.width + j));
+        }));
+        pen.putImageData(pixels, 0, 0);
+        const left = Math.min(X(xs[0]), X(xs[1])), above = Math.min(Y(ys[0]), Y(ys[1]));
+        return svg("image", Object.assign({ href: canvas.toDataURL(), x: left, y: above,
+          width: Math.abs(X(xs[1]) - X(xs[0])), height: Math.abs(Y(ys[1]) - Y(ys[0])),
+          preserveAspectRatio: "none", style: "image-rendering: pixelated" }, extra), inside);
       },
       text(point, words, extra) {
         return svg("text", Object.assign({ x: X(point[0]), y: Y(point[1]) }, extra), inside, words);
@@ -422,6 +446,14 @@
     view.redraw();
   }
 
+  /* light and dark: pictures in canvases are drawn again in the other colours */
+  const again = new MutationObserver(() => started.forEach(view => { if (view.root.isConnected) view.later(); }));
+  const listen = () => {
+    again.observe(document.documentElement, { attributes: true, attributeFilter: ["data-theme"] });
+    if (document.body) again.observe(document.body, { attributes: true, attributeFilter: ["data-jp-theme-light"] });
+  };
+  listen();
+
   /* Jupyter listens to keys before the page does: ours go to the figure first. */
   const KEYS = ["ArrowLeft", "ArrowRight", "ArrowUp", "ArrowDown", "PageUp", "PageDown", "Home", "End", " ", "Enter"];
   window.addEventListener("keydown", event => {
@@ -432,7 +464,7 @@
   }, true);
 
   window.crateLive = {
-    algebra, html, svg, colour, say, fixed,
+    algebra, html, svg, colour, rgb, say, fixed,
     define(name, definition) { definitions[name] = definition; },
     /* Start the figures that are on the page and have not been started. */
     start() {

@@ -40,6 +40,7 @@ MOVED: dict[str, list[dict[str, Any]]] = {
         {"space": "plane", "tokens": 5, "moved": {"0": [1.5, -0.4], "3": [0.2, 0.9]}},
         {"space": "many", "tokens": 7, "moved": {"6": [0.3, 0.8]}},
     ],
+    "ista": [{"start": [-0.2, 0.5]}, {"start": [1.9, 1.7], "eta": 2.5}],
 }
 """States that only the plot itself can set: what was dragged."""
 
@@ -92,11 +93,11 @@ def differences(ours: Any, pages: Any, close: float, where: str = "") -> list[st
     if isinstance(ours, list):
         if len(ours) != len(pages):
             return [f"{where}: {len(ours)} and {len(pages)} entries"]
-        size = max([abs(value) for value in ours], default=0.0)
+        size = max([abs(value) for value in ours if math.isfinite(value)], default=0.0)
         return [
             f"{where}[{index}]: {one} and {other}"
             for index, (one, other) in enumerate(zip(ours, pages, strict=True))
-            if not abs(one - other) <= close * max(size, 1e-12)
+            if one != other and not abs(one - other) <= close * max(size, 1e-12)
         ]
     if isinstance(ours, str | bool | None):
         return [] if ours == pages else [f"{where}: {ours} and {pages}"]
