@@ -21,6 +21,7 @@ ORDER = [
     "shapes",
     "keys",
     "records",
+    "claims",
     "theory.mixture",
     "theory.denoise",
     "theory.em",

@@ -2,18 +2,21 @@
 have run.
 
 A page makes a claim in a code cell, by `crate_core.companion.claim(label, statement,
-conditions=..., kind=..., evidence=..., holds=...)` with literal strings, or, where the
+conditions=..., kind=..., evidence=..., measured=..., holds=..., refuses=...)` with
+literal strings, or, where the
 check is a test of the package, with
 
     ```{tested-claim} clm-model-parity
     :conditions: float32, the same images and mask noise
     :kind: numerical
     :test: tests/model/test_crate.py::test_parity
+    :refuses: the residual left out; another mask
     Loss and predictions agree with the reference to $10^{-5}$.
     ```
 
 The directive `{claims-ledger}` shows all of them, page by page, with links to the very
-boxes, and their number by kind. The build warns (and so fails under -W) about a label
+boxes, and their number by kind; `ledger.json`, beside the built pages, lists them for
+programs. The build warns (and so fails under -W) about a label
 used twice, an argument that is not a literal, an unknown kind, a claim whose box is not
 among its page's outputs, and a test that does not exist. The warnings are repeated in
 every build until they are mended. `{ref}` works with a claim's label, given a text.
@@ -26,10 +29,10 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
-from claims import KINDS, Claim, check_claim, read_claims
+from claims import KINDS, Claim, check_claim, read_boxes, read_claims
 from depcache import is_notebook
 from docutils import nodes
 from docutils.parsers.rst import directives
@@ -38,9 +41,28 @@ from sphinx.environment import BuildEnvironment
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective
 
+from crate_core.claims import claim_box
+
 logger = logging.getLogger(__name__)
 
 PROOF_LABEL = re.compile(r"\b(?:thm|prop|prp|lem|cor|def)-[a-z0-9]+(?:-[a-z0-9]+)*")
+
+
+FILTER_SCRIPT = """(function () {
+  const fields = document.currentScript.previousElementSibling;
+  fields.hidden = false;
+  fields.addEventListener("change", function () {
+    const off = Array.from(fields.querySelectorAll("input:not(:checked)"),
+                           function (box) { return "ledger-kind-" + box.value; });
+    document.querySelectorAll(".ledger-chapter").forEach(function (chapter) {
+      const rows = Array.from(chapter.querySelectorAll("tbody tr"));
+      rows.forEach(function (row) {
+        row.hidden = off.some(function (kind) { return row.classList.contains(kind); });
+      });
+      chapter.hidden = rows.every(function (row) { return row.hidden; });
+    });
+  });
+})();"""
 
 
 def inline_nodes(text: str) -> list[nodes.Node]:
@@ -94,7 +116,7 @@ def link_theorems(app: Sphinx, doctree: nodes.document, docname: str) -> None:
             if isinstance(node.parent, nodes.paragraph)
             else []
         )
-        if "claim" not in inside and "ledger-how-it-is-checked" not in inside:
+        if "ledger-when-and-how-it-is-checked" not in inside:
             continue
         pieces: list[nodes.Node] = []
         for piece in re.split(f"({PROOF_LABEL.pattern})", node):
@@ -139,6 +161,11 @@ class TestedClaim(SphinxDirective):
             )
         test = self.options["test"].strip()
         evidence = self.options.get("evidence", "").strip()
+        refused = [
+            name.strip()
+            for name in self.options.get("refuses", "").split(";")
+            if name.strip()
+        ]
         claim = Claim(
             label=self.arguments[0].strip(),
             statement=" ".join(self.content).strip(),
@@ -147,28 +174,16 @@ class TestedClaim(SphinxDirective):
             evidence=f"{evidence}; `{test}`" if evidence else f"`{test}`",
             docname=self.env.docname,
             test=test,
+            alternatives=tuple(refused),
         )
         store(self.env).tested.setdefault(self.env.docname, []).append(claim)
-        box = nodes.container(
-            classes=["claim", f"claim-{claim.kind.replace(' ', '-')}"],
-            ids=[claim.label],
+        details = {"When": [claim.conditions], "Checked": [claim.evidence]}
+        if refused:
+            details["Refuses"] = refused
+        box = claim_box(
+            claim.label, claim.statement, claim.kind, details, alternatives=refused
         )
-        statement = nodes.paragraph(
-            "", "", kind_node(claim.kind), nodes.Text(" "), classes=["claim-statement"]
-        )
-        statement += inline_nodes(claim.statement)
-        detail = nodes.paragraph(
-            "", "", nodes.strong("", "When:"), nodes.Text(" "), classes=["claim-detail"]
-        )
-        detail += inline_nodes(claim.conditions)
-        detail += [
-            nodes.Text(" "),
-            nodes.strong("", "Checked:"),
-            nodes.Text(" "),
-            *inline_nodes(claim.evidence),
-        ]
-        box += [statement, detail]
-        return [box]
+        return [nodes.raw("", box.as_html, format="html")]
 
 
 class LedgerNode(nodes.General, nodes.Element):
@@ -233,10 +248,19 @@ def collect(app: Sphinx, doctree: nodes.document) -> None:
     claims, problems = read_claims(text, docname) if is_notebook(text) else ([], [])
     claims += kept.tested.get(docname, [])
     boxes: Counter[str] = Counter()
+    shown: dict[str, dict] = {}
     for node in doctree.findall(nodes.raw):
-        boxes.update(
-            re.findall(r'<div class="claim [^>]*\bid="([^"]+)"', node.astext())
+        for label, data in read_boxes(node.astext()):
+            boxes[label] += 1
+            shown[label] = data
+    claims = [
+        replace(
+            claim,
+            alternatives=tuple(shown.get(claim.label, {}).get("alternatives", ())),
+            recorded=shown.get(claim.label, {}).get("recorded", ""),
         )
+        for claim in claims
+    ]
     for claim in claims:
         problems += check_claim(claim, boxes, Path(app.srcdir))
         for table in ("labels", "anonlabels"):
@@ -309,6 +333,79 @@ def table_of(
     return nodes.table("", group, classes=[css])
 
 
+def section_id(page: str) -> str:
+    """The id of a page's section in the ledger."""
+    return f"ledger-{page.rsplit('/', 1)[-1].replace('_', '-')}"
+
+
+def is_body_row(node: nodes.Node) -> bool:
+    """Whether a node is a row below a table's head."""
+    return isinstance(node, nodes.row) and isinstance(node.parent, nodes.tbody)
+
+
+def filters(counts: Counter[str]) -> str:
+    """Check boxes that hide the rows of a kind; without scripts they are not there."""
+    boxes = "".join(
+        f'<label><input type="checkbox" value="{kind.replace(" ", "-")}" checked> '
+        f"{kind} ({counts[kind]})</label>"
+        for kind in KINDS
+        if counts[kind]
+    )
+    return (
+        '<fieldset class="ledger-filters" hidden><legend>Show the claims that are'
+        f"</legend>{boxes}</fieldset><script>{FILTER_SCRIPT}</script>"
+    )
+
+
+def ledger_row(claim: Claim, uri: str) -> list[nodes.Element]:
+    """A claim's cells: the sentence with its kind and its place, the check, and what the
+    check refuses.
+    """
+    sentence = nodes.paragraph("", "", kind_node(claim.kind), nodes.Text(" "))
+    sentence += inline_nodes(claim.statement)
+    link = nodes.reference(
+        "",
+        "",
+        refuri=f"{uri}#{claim.label}",
+        internal=True,
+        classes=["ledger-link"],
+    )
+    link += nodes.literal("", claim.label)
+    said = nodes.container("", sentence, nodes.paragraph("", "", link))
+    checked = nodes.container(
+        "",
+        nodes.paragraph("", "", *inline_nodes(claim.conditions)),
+        nodes.paragraph(
+            "",
+            "",
+            nodes.emphasis("", "Checked:"),
+            nodes.Text(" "),
+            *inline_nodes(claim.evidence),
+        ),
+    )
+    if not claim.recomputed:
+        where = (
+            "by the test named, not by a build"
+            if claim.test
+            else f"read from `{claim.recorded}`, not computed again by a build"
+            if claim.recorded
+            else "no check"
+        )
+        checked += nodes.paragraph(
+            "", "", *inline_nodes(f"({where})"), classes=["ledger-not-recomputed"]
+        )
+    names: nodes.Element = nodes.bullet_list(
+        "",
+        *(
+            nodes.list_item("", nodes.paragraph("", "", *inline_nodes(name)))
+            for name in claim.alternatives
+        ),
+    )
+    if not claim.alternatives:
+        names = nodes.paragraph("", "nothing named")
+    return [said, checked, names]
+
+
 def ledger_nodes(app: Sphinx, claims: list[Claim], docname: str) -> list[nodes.Node]:
     """The ledger: numbers by kind, then a table a page."""
     counts = Counter(claim.kind for claim in claims)
@@ -338,34 +435,39 @@ def ledger_nodes(app: Sphinx, claims: list[Claim], docname: str) -> list[nodes.N
             "ledger-summary",
         ),
     ]
-    for page in dict.fromkeys(claim.docname for claim in claims):
-        uri = app.builder.get_relative_uri(docname, page)
-        title = app.env.titles[page].astext()
-        heading = nodes.rubric(
-            "", "", nodes.reference("", title, refuri=uri, internal=True)
+    pages = list(dict.fromkeys(claim.docname for claim in claims))
+    contents = nodes.paragraph(classes=["ledger-contents"])
+    for page in pages:
+        number = sum(claim.docname == page for claim in claims)
+        contents += nodes.reference(
+            "",
+            f"{app.env.titles[page].astext()} ({number})",
+            refid=section_id(page),
+            internal=True,
         )
-        heading["ids"] = [f"ledger-{page.rsplit('/', 1)[-1].replace('_', '-')}"]
-        rows = []
-        for claim in (claim for claim in claims if claim.docname == page):
-            link = nodes.reference(
-                "",
-                "",
-                refuri=f"{uri}#{claim.label}",
-                internal=True,
-                classes=["ledger-link"],
-            )
-            link += nodes.literal("", claim.label)
-            rows.append(
-                [
-                    nodes.paragraph("", "", *inline_nodes(claim.statement)),
-                    nodes.paragraph("", "", *inline_nodes(claim.conditions)),
-                    nodes.paragraph("", "", *inline_nodes(claim.evidence)),
-                    nodes.paragraph("", "", link),
-                    nodes.paragraph("", "", kind_node(claim.kind)),
-                ]
-            )
-        header = ["Claim", "When it holds", "How it is checked", "Where", "Verdict"]
-        result += [heading, table_of(header, rows, [30, 20, 22, 18, 10], "ledger")]
+        contents += nodes.Text(" ")
+    result += [contents, nodes.raw("", filters(counts), format="html")]
+    for page in pages:
+        uri = app.builder.get_relative_uri(docname, page)
+        section = nodes.section(ids=[section_id(page)], classes=["ledger-chapter"])
+        title = nodes.reference(
+            "", app.env.titles[page].astext(), refuri=uri, internal=True
+        )
+        section += nodes.title("", "", title)
+        found = [claim for claim in claims if claim.docname == page]
+        table = table_of(
+            ["Claim", "When, and how it is checked", "What it refuses"],
+            [ledger_row(claim, uri) for claim in found],
+            [40, 38, 22],
+            "ledger",
+        )
+        for row, claim in zip(
+            table.findall(lambda node: is_body_row(node)), found, strict=True
+        ):
+            row["ids"] = [f"ledger-{claim.label}"]
+            row["classes"] = [f"ledger-kind-{claim.kind.replace(' ', '-')}"]
+        section += table
+        result.append(section)
     return result
 
 
@@ -375,6 +477,14 @@ def fill_in(app: Sphinx, doctree: nodes.document, docname: str) -> None:
         place.replace_self(
             ledger_nodes(app, store(app.env).ordered(reading_order(app.env)), docname)
         )
+
+
+def write_json(app: Sphinx, exception: Exception | None) -> None:
+    """When the pages are written: `ledger.json` beside them, for programs."""
+    if exception is None and app.builder.format == "html" and store(app.env).pages:
+        claims = store(app.env).ordered(reading_order(app.env))
+        text = json.dumps([claim.entry() for claim in claims], indent=1)
+        Path(app.outdir, "ledger.json").write_text(text + "\n", encoding="utf8")
 
 
 def forget_page(app: Sphinx, env: BuildEnvironment, docname: str) -> None:
@@ -410,9 +520,10 @@ def setup(app: Sphinx) -> dict[str, object]:
     app.connect("doctree-resolved", link_theorems, priority=600)
     app.connect("env-purge-doc", forget_page)
     app.connect("env-merge-info", merge_pages)
+    app.connect("build-finished", write_json)
     return {
         "version": "1",
-        "env_version": 1,
+        "env_version": 2,
         "parallel_read_safe": True,
         "parallel_write_safe": True,
     }

@@ -11,8 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crate_core import companion
-from crate_core.companion import CLAIM_KINDS, as_words, check_claim, claim, plain
+from crate_core import claims
+from crate_core.claims import CLAIM_KINDS, as_words, check_claim, claim, plain
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
     """What a chapter would display, as mime bundles."""
     bundles: list[dict[str, str]] = []
     monkeypatch.setattr(
-        companion, "display", lambda thing: bundles.append(thing._repr_mimebundle_())
+        claims, "show", lambda thing: bundles.append(thing._repr_mimebundle_())
     )
     return bundles
 

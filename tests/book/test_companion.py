@@ -13,8 +13,8 @@ import pytest
 from matplotlib.figure import Figure
 
 from crate_core import companion
+from crate_core.claims import math_to_html
 from crate_core.companion import (
-    math_to_html,
     player,
     show_source,
     source_without_docstring,

@@ -3,6 +3,7 @@ its notebook holds.
 """
 
 import ast
+import json
 import os
 import re
 import subprocess
@@ -16,6 +17,7 @@ import depcache
 import nbformat
 import notebooks
 import pytest
+from bs4 import BeautifulSoup
 
 pytestmark = pytest.mark.repository
 ROOT = Path(__file__).resolve().parents[2]
@@ -219,6 +221,104 @@ def test_claims_are_checked(
     assert said is None or said in problems[0]
 
 
+@pytest.mark.parametrize(
+    ("change", "recomputed"),
+    [
+        ({}, True),
+        ({"kind": "not reproduced"}, False),
+        ({"recorded": "results/rates.json"}, False),
+        ({"test": "tests/book/test_extensions.py::test_claims_are_read"}, False),
+    ],
+)
+def test_entries_say_what_a_build_computes_again(
+    change: dict[str, str], recomputed: bool
+) -> None:
+    values = {"label": "clm-a", "statement": "s", "conditions": "c", "kind": "proved",
+              "evidence": "e", "docname": "book/d"} | change  # fmt: skip
+    claim = claims.Claim(**values, alternatives=("zero",))
+    assert claim.entry() == {
+        "id": "clm-a",
+        "chapter": "d",
+        "claim": "s",
+        "conditions": "c",
+        "kind": values["kind"],
+        "evidence": "e",
+        "alternatives": ["zero"],
+        "recomputed": recomputed,
+    }
+
+
+def test_a_recorded_file_must_exist() -> None:
+    claim = claims.Claim("clm-a", "s", "c", "proved", "e", "d", recorded="results/x")
+    problems = claims.check_claim(claim, Counter({"clm-a": 1}), ROOT)
+    assert problems == ["clm-a: there is no file results/x"]
+
+
+def test_claims_that_refuse_nothing_are_found() -> None:
+    new = SmallBook.claim("clm-new")
+    old = CLAIM
+    never = (
+        'claim("clm-never", "s", conditions="c", kind="not reproduced", evidence="e")'
+    )
+    tested = "\n```{tested-claim} clm-tested\n:conditions: c\n"
+    text = page(new, old, never, text=tested + "Said.\n```\n")
+    assert claims.first_edition(text) == ["clm-a-b", "clm-tested"]
+    text = page(new, text=tested + ":refuses: nothing\nSaid.\n```\n")
+    assert claims.first_edition(text) == []
+
+
+CELL = """
+# computed first
+x = f(1)
+
+# why this bound
+claim(
+    "clm-a-b",
+    "Said.",
+    conditions="c",
+    kind="numerical",
+    evidence="e",
+    measured=x
+    + 1,
+    holds=lambda x: x == 1,
+    refuses={
+        "zero": 0,
+    },
+)
+print(x)
+for label in (1, 2):
+    claim("clm-a-c", "Said.", conditions="c", kind="proved", evidence="e", holds=x)
+y = 2
+"""
+CHECK = """# why this bound
+measured = (
+    x
+    + 1
+)
+holds = lambda x: x == 1
+refuses = {
+    "zero": 0,
+}"""
+
+
+def test_claims_are_taken_out_of_a_cell() -> None:
+    shown = claims.split_code(CELL.strip(), hidden=False)
+    assert shown.checks["clm-a-b"] == CHECK
+    assert shown.checks["clm-a-c"].startswith("for label in")
+    assert shown.rest == "# computed first\nx = f(1)\nprint(x)\ny = 2"
+    compile(shown.rest, "rest", "exec")
+    hidden = claims.split_code(CELL.strip(), hidden=True)
+    assert hidden.rest == ""
+    assert hidden.checks["clm-a-b"] == f"# computed first\nx = f(1)\n{CHECK}"
+    assert hidden.checks["clm-a-c"].startswith("print(x)\nfor label in")
+    assert hidden.checks["clm-a-c"].endswith("\ny = 2")
+
+
+def test_a_cell_without_claims_is_left_alone() -> None:
+    code = "def claim_it():\n    claim('clm-a')\n\nx = 1"
+    assert claims.split_code(code, hidden=True) == claims.Split(code, {})
+
+
 # ---- notebooks ----
 
 MYST = r"""(ch-a)=
@@ -282,17 +382,12 @@ def test_notebook_is_repeatable() -> None:
 CONFIG = """
 import sys
 sys.path.insert(0, {ext!r})
-extensions = ["myst_nb", "depcache", "ledger"]
+extensions = ["myst_nb", "depcache", "ledger", "cells"]
 depcache_packages = ["pkg"]
 nb_execution_mode = "cache"
 nb_execution_show_tb = True
 myst_enable_extensions = ["dollarmath", "colon_fence"]
 exclude_patterns = ["_build"]
-"""
-SHOW = """
-from IPython.display import HTML, display
-def claim(label, statement, **_):
-    display(HTML(f'<div class="claim claim-x" id="{label}">{statement}</div>'))
 """
 
 
@@ -308,7 +403,7 @@ class SmallBook:
         )
         self.write("pkg/one.py", "def f():\n    return 1\n")
         self.write("pkg/two.py", "def g():\n    return 2\n")
-        self.write("pkg/show.py", SHOW)
+        self.write("pkg/show.py", "from crate_core.claims import claim as claim\n")
         self.write("conf.py", CONFIG.format(ext=str(ROOT / "book" / "_ext")))
         self.write("index.md", "# Index\n\n```{toctree}\na\nb\nledger\n```\n")
         self.write(
@@ -323,7 +418,10 @@ class SmallBook:
 
     @staticmethod
     def claim(label: str, kind: str = "proved") -> str:
-        return f'claim("{label}", "Said.", conditions="c", kind="{kind}", evidence="e", holds=True)'
+        return (
+            f'claim("{label}", "Said.", conditions="c", kind="{kind}", evidence="e", '
+            'measured=1, holds=lambda x: x == 1, refuses={"zero": 0})'
+        )
 
     def write(self, name: str, text: str) -> None:
         (self.root / name).write_text(text)
@@ -338,7 +436,7 @@ class SmallBook:
             check=True,
             env=os.environ
             | {
-                "PYTHONPATH": str(self.root),
+                "PYTHONPATH": os.pathsep.join([str(self.root), str(ROOT)]),
                 "NO_COLOR": "1",
                 "PYTHONDONTWRITEBYTECODE": "1",
             },
@@ -404,3 +502,83 @@ def test_build_warns_until_a_claim_is_mended(small_book: SmallBook) -> None:
         assert any("clm-never: its box is 0 times" in warning for warning in warnings)
     small_book.write("b.md", original)
     assert small_book.build()[1] == []
+
+
+FIGURE = """
+from IPython.display import HTML, display
+display(HTML('<svg data-live-figure="rise"></svg>'))
+"""
+
+
+def hidden(text: str) -> str:
+    """The page with all its cells tagged `hide-input`."""
+    return text.replace(
+        "{code-cell} python\n", "{code-cell} python\n:tags: [hide-input]\n\n"
+    )
+
+
+def test_cells_are_arranged(small_book: SmallBook) -> None:
+    original = (small_book.root / "b.md").read_text()
+    minor = [
+        small_book.claim(f"clm-m{number}")[:-1] + ", minor=True)" for number in (1, 2)
+    ]
+    cells = [
+        "from pkg.show import claim",
+        FIGURE,
+        "x = 1\n" + small_book.claim("clm-b"),
+        "\n".join(minor),
+    ]
+    text = hidden(page(*cells))
+    test = "tests/book/test_x.py::test_y"
+    (small_book.root / "tests" / "book").mkdir(parents=True)
+    small_book.write(test.split(":")[0], "def test_y():\n    pass\n")
+    text += (
+        "\n```{tested-claim} clm-t\n:conditions: c\n:kind: numerical\n"
+        f":test: {test}\n:refuses: zero; one\nSaid.\n```\n\nAfterwards.\n"
+    )
+    small_book.write("b.md", text)
+    assert small_book.build()[1] == []
+    html = BeautifulSoup(small_book.shown("b"), "html.parser")
+    folds = [fold.summary.get_text() for fold in html.select("details.code-fold")]
+    assert folds == ["Imports and setup, cell 2", "Code of this figure: rise"]
+    assert not html.select("details.hide")
+    figure = html.select_one("[data-live-figure]")
+    assert figure.find_previous("details")["class"] == ["code-fold"]
+    assert "data-live-figure" in figure.find_next("details", "code-fold").get_text()
+    boxes = html.select("div.claim")
+    assert [box["id"] for box in boxes] == ["clm-b", "clm-m1", "clm-m2", "clm-t"]
+    for box in boxes:
+        assert box.select_one(f'a.claim-link[href="#{box["id"]}"]')
+        assert box.select_one(f'a[href="ledger.html#ledger-{box["id"]}"]')
+    assert (
+        boxes[0].select_one(".highlight").get_text().startswith("x = 1\nmeasured = 1")
+    )
+    (group,) = html.select("details.claims-minor")
+    assert [box["id"] for box in group.select("div.claim")] == ["clm-m1", "clm-m2"]
+    assert "2 statements" in group.summary.get_text()
+    # every fold is closed where it should be: the text after it stands in none
+    after = html.find("p", string="Afterwards.")
+    assert after is not None
+    assert after.parent.name == "section"
+    small_book.write("b.md", original)
+    assert small_book.build()[1] == []
+
+
+def test_ledger_is_written_for_programs_too(small_book: SmallBook) -> None:
+    listed = json.loads((small_book.root / "_build/html/ledger.json").read_text())
+    assert listed == [
+        {
+            "id": "clm-a",
+            "chapter": "a",
+            "claim": "Said.",
+            "conditions": "c",
+            "kind": "proved",
+            "evidence": "e",
+            "alternatives": ["zero"],
+            "recomputed": True,
+        }
+    ]
+    ledger = BeautifulSoup(small_book.shown("ledger"), "html.parser")
+    assert (
+        ledger.select_one("tr#ledger-clm-a.ledger-kind-proved li").get_text() == "zero"
+    )
