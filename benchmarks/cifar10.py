@@ -36,9 +36,9 @@ from crate_core.data.named import open_data
 from crate_core.data.sources import ImageData, SelectedImages
 from crate_core.evaluation.finetune import FinetuneConfig, finetune
 from crate_core.evaluation.neighbours import neighbour_accuracy
-from crate_core.evaluation.probe import encode, probe_accuracy, small_pixels, untrained
+from crate_core.evaluation.probe import encode, probe_accuracy, small_pixels
 from crate_core.model.autoencoder import MaskedAutoencoder
-from crate_core.model.build import build_model, load_model
+from crate_core.model.build import build_model, fresh_model, load_model
 from crate_core.model.config import FrameConfig
 from crate_core.model.cost import operation_counter
 from crate_core.model.files import save_model
@@ -318,7 +318,7 @@ def untrained_records(
             write_json(
                 kept,
                 scores_of(
-                    untrained(config, seed).to(options.device),
+                    fresh_model(config, seed).to(options.device),
                     data,
                     seed,
                     not records,

@@ -22,11 +22,10 @@ from typing import Any
 import torch
 
 from crate_core.data.named import open_data
-from crate_core.evaluation.probe import untrained
 from crate_core.inspection.layers import inspect_layers, inspect_weights, summarize
 from crate_core.inspection.readout import linear_readout
 from crate_core.model.autoencoder import MaskedAutoencoder
-from crate_core.model.build import load_model
+from crate_core.model.build import fresh_model, load_model
 from crate_core.records import device_name, provenance, write_json
 from crate_core.training.yardsticks import some_pictures
 
@@ -63,7 +62,7 @@ def models_and_controls(
             yield name, seed, model
     for config, name in first.items():
         for seed in UNTRAINED_SEEDS:
-            yield f"{name} untrained", seed, untrained(config, seed)
+            yield f"{name} untrained", seed, fresh_model(config, seed)
 
 
 def rounded(value: Any) -> Any:

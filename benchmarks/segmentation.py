@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crate_core.evaluation.probe import untrained
 from crate_core.inspection.composites import Composites, composites, digit_pictures
 from crate_core.inspection.foreground import (
     ATTENTION_MASS,
@@ -35,11 +34,11 @@ from crate_core.inspection.foreground import (
     random_maps,
     select_map,
 )
-from crate_core.inspection.heads import all_attention_maps, upsample
+from crate_core.inspection.heads import all_attention_maps
 from crate_core.inspection.tokens import signed_components, token_pca, trace_tokens
 from crate_core.model.autoencoder import MaskedAutoencoder
-from crate_core.model.build import load_model
-from crate_core.model.patches import patch_grid, patchify
+from crate_core.model.build import fresh_model, load_model
+from crate_core.model.patches import patch_grid, patchify, upsample
 from crate_core.records import device_name, provenance, write_json
 
 METRICS = ("iou", "pointing", "auc")
@@ -73,7 +72,7 @@ def named_models(
             yield (
                 f"{kind.removesuffix('-mae')} untrained",
                 seed,
-                untrained(model.config, seed),
+                fresh_model(model.config, seed),
             )
 
 

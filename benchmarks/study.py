@@ -48,11 +48,11 @@ from crate_core.evaluation.neighbours import neighbour_accuracy
 from crate_core.evaluation.paired import read_runs
 from crate_core.evaluation.probe import encode, probe_accuracy
 from crate_core.model.autoencoder import MaskedAutoencoder
-from crate_core.model.build import build_model, load_model
+from crate_core.model.build import build_model, fresh_model, load_model
 from crate_core.model.config import CrateMAEConfig, ModelConfig, ViTMAEConfig
 from crate_core.model.cost import operation_counter
 from crate_core.records import device_name, provenance, write_json
-from crate_core.training.loop import TrainingDivergedError, initial_model
+from crate_core.training.loop import TrainingDivergedError
 from crate_core.training.pretrain import pretrain
 from crate_core.training.recipe import PretrainConfig, total_steps
 from crate_core.training.run_directory import RunDirectory
@@ -511,7 +511,7 @@ def train_to(
                     return scores, str(error).partition(";")[0]
                 model = load_model(directory)
             else:
-                model = initial_model(config)
+                model = fresh_model(config.model, config.seed)
             trained = time.process_time()
             found = evaluated(study, run, model.to(config.device), pictures, test)
             kept.parent.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ import torch
 
 from crate_core.data.named import open_data
 from crate_core.evaluation.finetune import FinetuneConfig, finetune
-from crate_core.evaluation.probe import untrained
+from crate_core.model.build import fresh_model
 from crate_core.records import device_name, provenance, write_json
 from crate_core.training.recipe import PretrainConfig
 from crate_core.training.run_directory import SUMMARY_FILE
@@ -56,7 +56,7 @@ def main() -> None:
         precision=options.precision,
         compile=not options.no_compile,
     )
-    model = untrained(
+    model = fresh_model(
         PretrainConfig.from_preset(options.preset).model, options.seed
     ).to(options.device)
     result = finetune(

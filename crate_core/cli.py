@@ -223,7 +223,7 @@ def run_reconstruct(arguments: Sequence[str], command: str) -> None:
     from crate_core.data.named import open_data
     from crate_core.data.sources import FileImages, ImageSource
     from crate_core.data.understood import some_readable, understood
-    from crate_core.keys import Stream, mask_noise
+    from crate_core.keys import evaluation_noise
     from crate_core.model.build import load_model
     from crate_core.training.yardsticks import save_reconstructions
 
@@ -256,13 +256,7 @@ def run_reconstruct(arguments: Sequence[str], command: str) -> None:
     if not rows:
         raise ValueError(f"none of {count} pictures can be read")
     pictures = torch.stack(rows)
-    noise = mask_noise(
-        options.seed,
-        0,
-        len(pictures),
-        math.prod(model.config.grid),
-        Stream.EVALUATION_MASK,
-    )
+    noise = evaluation_noise(options.seed, len(pictures), math.prod(model.config.grid))
     save_reconstructions(options.output, model, pictures, options.mask_ratio, noise)
     print(
         f"{len(pictures)} pictures with {options.mask_ratio:.0%} of the patches removed, saved in {options.output}"

@@ -43,3 +43,10 @@ def mask_noise(
     return torch.rand(
         batch_size, length, generator=random_generator(seed, stream, step)
     )
+
+
+def evaluation_noise(seed: int, count: int, length: int) -> PatchNoise:
+    """Uniform noise (count, length) in [0, 1) that fixes the masks of held-out pictures:
+    a function of the seed, apart from every training step's.
+    """
+    return mask_noise(seed, 0, count, length, Stream.EVALUATION_MASK)

@@ -27,10 +27,9 @@ from crate_core.evaluation.probe import (
     check_labels,
     judge_features,
     probe_judges,
-    untrained,
 )
 from crate_core.model.autoencoder import MaskedAutoencoder
-from crate_core.model.build import load_model
+from crate_core.model.build import fresh_model, load_model
 from crate_core.records import device_name, provenance, write_json
 from crate_core.training.run_directory import RUN_FILE
 from crate_core.training.yardsticks import reconstruction_by_ratio, some_pictures
@@ -239,7 +238,7 @@ def compare_fine_tuning(
         accuracies["pretrained"].append(
             finetune(copy.deepcopy(model), data, own).accuracy
         )
-        fresh = untrained(model.config, seed).to(device)
+        fresh = fresh_model(model.config, seed).to(device)
         accuracies["from scratch"].append(
             finetune(fresh, data, replace(own, layer_decay=1.0)).accuracy
         )

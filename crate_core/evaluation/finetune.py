@@ -28,7 +28,7 @@ from crate_core.data.sources import ImageData, ImageSource
 from crate_core.data.transforms import augmented, prepare
 from crate_core.evaluation.probe import class_count
 from crate_core.keys import Stream, random_generator, random_key
-from crate_core.model.autoencoder import MaskedAutoencoder
+from crate_core.model.autoencoder import MaskedAutoencoder, evaluation_mode
 from crate_core.shapes import Images, PictureVectors, Tokens
 from crate_core.training.loop import TrainingDivergedError
 from crate_core.training.recipe import warmup_cosine
@@ -263,21 +263,24 @@ def accuracy(model: Classifier, source: ImageSource, workers: int = 0) -> float:
     """
     if source.labels is None:
         raise ValueError("accuracy needs labels; these pictures have none")
-    was_training = model.training
-    model.eval()
-    frame = model.autoencoder
-    device = next(model.parameters()).device
-    right = seen = 0
-    for batch in evaluation_batches(
-        source, frame.config.image_shape, frame.config.channels, workers=workers
-    ):
-        if len(batch.images):
-            labels = torch.from_numpy(source.labels[batch.indices.numpy()])
-            predicted = (
-                model(frame.standardize(batch.images.to(device))).argmax(dim=1).cpu()
-            )
-            right, seen = right + int((predicted == labels).sum()), seen + len(labels)
-    model.train(was_training)
+    with evaluation_mode(model):
+        frame = model.autoencoder
+        device = next(model.parameters()).device
+        right = seen = 0
+        for batch in evaluation_batches(
+            source, frame.config.image_shape, frame.config.channels, workers=workers
+        ):
+            if len(batch.images):
+                labels = torch.from_numpy(source.labels[batch.indices.numpy()])
+                predicted = (
+                    model(frame.standardize(batch.images.to(device)))
+                    .argmax(dim=1)
+                    .cpu()
+                )
+                right, seen = (
+                    right + int((predicted == labels).sum()),
+                    seen + len(labels),
+                )
     if not seen:
         raise ValueError(f"none of {len(source)} pictures can be read")
     return right / seen

@@ -25,10 +25,8 @@ from sklearn.preprocessing import StandardScaler
 
 from crate_core.data.batches import evaluation_batches
 from crate_core.data.sources import ImageData, ImageSource
-from crate_core.keys import random_key
-from crate_core.model.autoencoder import MaskedAutoencoder
-from crate_core.model.build import build_model
-from crate_core.model.config import FrameConfig
+from crate_core.model.autoencoder import MaskedAutoencoder, evaluation_mode
+from crate_core.model.build import fresh_model
 from crate_core.shapes import Images
 
 INVERSE_REGULARIZATION = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
@@ -104,24 +102,24 @@ def encode(
 
     Book: :ref:`ch-first-training`.
     """
-    was_training = model.training
-    model.eval()
-    device = next(model.parameters()).device
-    size = model.config.image_shape
-    tokens, means, pixels, indices = [], [], [], []
-    unreadable = 0
-    for batch in evaluation_batches(
-        source, size, model.config.channels, batch_size, workers
-    ):
-        unreadable += len(batch.unreadable)
-        if len(batch.images) == 0:
-            continue
-        features = model.forward_features(model.standardize(batch.images.to(device)))
-        tokens.append(features[:, 0].cpu())
-        means.append(features[:, 1:].mean(dim=1).cpu())
-        pixels.append(small_pixels(batch.images))
-        indices.append(batch.indices)
-    model.train(was_training)
+    with evaluation_mode(model):
+        device = next(model.parameters()).device
+        size = model.config.image_shape
+        tokens, means, pixels, indices = [], [], [], []
+        unreadable = 0
+        for batch in evaluation_batches(
+            source, size, model.config.channels, batch_size, workers
+        ):
+            unreadable += len(batch.unreadable)
+            if len(batch.images) == 0:
+                continue
+            features = model.forward_features(
+                model.standardize(batch.images.to(device))
+            )
+            tokens.append(features[:, 0].cpu())
+            means.append(features[:, 1:].mean(dim=1).cpu())
+            pixels.append(small_pixels(batch.images))
+            indices.append(batch.indices)
     if not indices:
         raise ValueError(f"none of {len(source)} pictures can be read")
     kept = torch.cat(indices).numpy()
@@ -235,15 +233,6 @@ def probe_accuracy(
     return float(fitted.score(test, test_labels))
 
 
-def untrained(config: FrameConfig, seed: int) -> MaskedAutoencoder:
-    """The same architecture with fresh weights; the global random state is left as it
-    was.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(random_key(seed, 1))
-        return build_model(config)
-
-
 Judge = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray, int], float]
 """Accuracy from (training features, their labels, held-out features, their labels,
 seed).
@@ -287,7 +276,7 @@ def judge_features(
     )
     accuracies: dict[str, dict[str, list[float]]] = {}
     for seed in seeds:
-        fresh = untrained(model.config, seed).to(device)
+        fresh = fresh_model(model.config, seed).to(device)
         control = (
             encode(fresh, data.train, workers=workers),
             encode(fresh, data.held_out, workers=workers),

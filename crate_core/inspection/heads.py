@@ -6,11 +6,10 @@ Book: :ref:`ch-heads`.
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from crate_core.inspection.tokens import trace_tokens
 from crate_core.model.autoencoder import MaskedAutoencoder
-from crate_core.shapes import AttentionWeights, HeadMaps, Images, PixelMaps
+from crate_core.shapes import AttentionWeights, HeadMaps, Images
 
 PICTURES_AT_A_TIME = 16
 """Pictures whose n x n weights are held at once, those of all layers and heads."""
@@ -84,15 +83,3 @@ def maps_of(weights: AttentionWeights, grid: tuple[int, int]) -> AttentionMaps:
         weights[..., 0, 1:].unflatten(-1, grid).clone(),
         weights[..., 1:, 1:].mean(-2).unflatten(-1, grid),
     )
-
-
-def upsample(maps: HeadMaps, size: tuple[int, int], smooth: bool = False) -> PixelMaps:
-    """Maps (B, K, h, w) over the picture, (B, K, H, W).
-
-    By default each patch keeps its one value, since the model has no finer ones;
-    ``smooth`` interpolates linearly between patch centres, which looks better and says
-    no more.  Book: :ref:`ch-heads`.
-    """
-    if not smooth:
-        return F.interpolate(maps, size=size, mode="nearest")
-    return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)

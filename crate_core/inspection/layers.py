@@ -32,8 +32,8 @@ from crate_core.inspection.measures import (
     participation_ratio,
     subspace_cosines,
 )
-from crate_core.keys import Stream, mask_noise, random_key
-from crate_core.model.autoencoder import MaskedAutoencoder
+from crate_core.keys import evaluation_noise, random_key
+from crate_core.model.autoencoder import MaskedAutoencoder, evaluation_mode
 from crate_core.model.config import CrateMAEConfig
 from crate_core.shapes import Images
 from crate_core.theory.rate import check_eps
@@ -204,46 +204,42 @@ def inspect_layers(
     check_eps(eps)
     if len(images) == 0:
         raise ValueError("there is no picture to inspect the layers on")
-    was_training = model.training
-    model.eval()
-    device = next(model.parameters()).device
-    noise = mask_noise(
-        seed, 0, len(images), math.prod(model.config.grid), Stream.EVALUATION_MASK
-    )
-    invertible = (
-        isinstance(model.config, CrateMAEConfig)
-        and not model.config.encode_visible_only
-    )
-    pooled = [_Pooled() for _ in range(len(model.encoder) + 1)]
-    batches = []
-    for rows in torch.arange(len(images)).split(batch_size):
-        pictures = model.standardize(images[rows].to(device))
-        out = model(
-            pictures, mask_ratio, noise[rows].to(device), output_hidden_states=True
+    with evaluation_mode(model):
+        device = next(model.parameters()).device
+        noise = evaluation_noise(seed, len(images), math.prod(model.config.grid))
+        invertible = (
+            isinstance(model.config, CrateMAEConfig)
+            and not model.config.encode_visible_only
         )
-        hidden, decoded = out.hidden_states, out.decoder_hidden_states
-        keys = [random_key(seed, index) for index in range(len(model.encoder))]
-        layers = [
-            layer_measures(*arguments, eps)
-            for arguments in zip(model.encoder, hidden[:-1], keys, strict=True)
-        ]
-        measures = {
-            name: torch.stack([found[name] for found in layers], dim=1)
-            for name in layers[0]
-        }
-        between = [token_measures(x) for x in hidden]
-        measures |= {
-            name: torch.stack([found[name] for found in between], dim=1)
-            for name in between[0]
-        }
-        if invertible:
-            measures |= inversion_measures(model, hidden, decoded)
-        for gathered, x in zip(pooled, hidden, strict=True):
-            gathered.add(F.layer_norm(x, x.shape[-1:]))
-        batches.append(
-            {name: value.cpu().double().numpy() for name, value in measures.items()}
-        )
-    model.train(was_training)
+        pooled = [_Pooled() for _ in range(len(model.encoder) + 1)]
+        batches = []
+        for rows in torch.arange(len(images)).split(batch_size):
+            pictures = model.standardize(images[rows].to(device))
+            out = model(
+                pictures, mask_ratio, noise[rows].to(device), output_hidden_states=True
+            )
+            hidden, decoded = out.hidden_states, out.decoder_hidden_states
+            keys = [random_key(seed, index) for index in range(len(model.encoder))]
+            layers = [
+                layer_measures(*arguments, eps)
+                for arguments in zip(model.encoder, hidden[:-1], keys, strict=True)
+            ]
+            measures = {
+                name: torch.stack([found[name] for found in layers], dim=1)
+                for name in layers[0]
+            }
+            between = [token_measures(x) for x in hidden]
+            measures |= {
+                name: torch.stack([found[name] for found in between], dim=1)
+                for name in between[0]
+            }
+            if invertible:
+                measures |= inversion_measures(model, hidden, decoded)
+            for gathered, x in zip(pooled, hidden, strict=True):
+                gathered.add(F.layer_norm(x, x.shape[-1:]))
+            batches.append(
+                {name: value.cpu().double().numpy() for name, value in measures.items()}
+            )
     arrays: dict[str, Any] = {
         name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]
     }

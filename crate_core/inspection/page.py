@@ -18,7 +18,6 @@ import torch
 from crate_core.data.named import open_data
 from crate_core.data.sources import ArrayImages, FileImages, ImageSource, digits
 from crate_core.data.understood import shortened, some_readable
-from crate_core.evaluation.probe import untrained
 from crate_core.inspection import figures as figures
 from crate_core.inspection.layers import inspect_layers, inspect_weights
 from crate_core.inspection.sections import (
@@ -29,6 +28,7 @@ from crate_core.inspection.sections import (
     readout_sections,
 )
 from crate_core.model.autoencoder import MaskedAutoencoder
+from crate_core.model.build import fresh_model
 from crate_core.model.config import FrameConfig
 from crate_core.records import atomic_write, device_name, provenance
 from crate_core.shapes import Images
@@ -146,7 +146,7 @@ def inspection_report(
     if not seeds:
         raise ValueError("at least one seed of an untrained control is needed")
     device = next(model.parameters()).device
-    controls = [untrained(model.config, seed).to(device) for seed in seeds]
+    controls = [fresh_model(model.config, seed).to(device) for seed in seeds]
     found, *others = (
         inspect_layers(network, images, eps=eps) for network in (model, *controls)
     )

@@ -9,8 +9,8 @@ import math
 import numpy as np
 import torch
 
-from crate_core.keys import Stream, mask_noise
-from crate_core.model.autoencoder import MaskedAutoencoder
+from crate_core.keys import evaluation_noise
+from crate_core.model.autoencoder import MaskedAutoencoder, evaluation_mode
 from crate_core.model.patches import patchify
 from crate_core.shapes import Images, OtherImages
 
@@ -59,16 +59,12 @@ def linear_readout(
     """
     if model.config.encode_visible_only:
         raise ValueError("the encoder of this model sees no token of a removed patch")
-    was_training = model.training
-    model.eval()
-    device = next(model.parameters()).device
-    length = math.prod(model.config.grid)
-    noise = mask_noise(
-        seed, 0, len(fitted) + len(tested), length, Stream.EVALUATION_MASK
-    )
-    pictures = model.standardize(torch.cat([fitted, tested]).to(device))
-    out = model(pictures, mask_ratio, noise.to(device), output_hidden_states=True)
-    model.train(was_training)
+    with evaluation_mode(model):
+        device = next(model.parameters()).device
+        length = math.prod(model.config.grid)
+        noise = evaluation_noise(seed, len(fitted) + len(tested), length)
+        pictures = model.standardize(torch.cat([fitted, tested]).to(device))
+        out = model(pictures, mask_ratio, noise.to(device), output_hidden_states=True)
     if not bool((out.mask > 0).any()):
         raise ValueError(f"mask_ratio={mask_ratio} removes no patch of {length}")
     pixels, first = (

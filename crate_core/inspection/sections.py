@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from crate_core.inspection import figures as figures
-from crate_core.inspection.heads import all_attention_maps, upsample
+from crate_core.inspection.heads import all_attention_maps
 from crate_core.inspection.layers import (
     LayerInspection,
     WeightInspection,
@@ -23,6 +23,7 @@ from crate_core.inspection.readout import linear_readout
 from crate_core.inspection.token_blends import interpolate_tokens
 from crate_core.inspection.tokens import token_pca, trace_tokens
 from crate_core.model.autoencoder import MaskedAutoencoder
+from crate_core.model.patches import upsample
 from crate_core.shapes import Images
 
 SHOWN = 6

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from crate_core.inspection.tokens import BATCH, TokenTrace, check_pairs, trace_tokens
-from crate_core.model.autoencoder import MaskedAutoencoder
-from crate_core.model.patches import normalize_patches, patchify, unpatchify
+from crate_core.model.autoencoder import MaskedAutoencoder, evaluation_mode
+from crate_core.model.patches import patchify, unpatchify, upsample
 from crate_core.shapes import Images, PatchNoise, PatchOrder, PatchSelection, Tokens
 
 
@@ -54,25 +54,18 @@ def decode_tokens(
         raise ValueError(
             "this model predicts normalised patches; give like=, pictures with their means and deviations"
         )
-    was_training = model.training
-    model.eval()
-    device = next(model.parameters()).device
-    decoded = []
-    for some, order in zip(tokens.split(BATCH), ids_restore.split(BATCH), strict=True):
-        x = some.to(device)
-        for encode in model.encoder[layer:]:
-            x = encode(x)
-        y = model.enter_decoder(model.encoder_norm(x), order.to(device), grid)
-        for decode in model.decoder:
-            y = decode(y)
-        decoded.append(model.prediction(model.decoder_norm(y))[:, 1:])
-    model.train(was_training)
+    with evaluation_mode(model):
+        device = next(model.parameters()).device
+        decoded = []
+        for some, order in zip(
+            tokens.split(BATCH), ids_restore.split(BATCH), strict=True
+        ):
+            encoded = model.encode(some.to(device), start=layer)
+            decoded.append(model.decode(encoded, order.to(device), grid))
     patches = torch.cat(decoded)
-    if like is not None and model.config.normalize_targets:
-        statistics = normalize_patches(
-            patchify(model.standardize(like.to(device)), size)
-        )
-        patches = patches * statistics.std + statistics.mean
+    if like is not None:
+        originals = patchify(model.standardize(like.to(device)), size)
+        patches = model.denormalize(patches, originals)
     return model.unstandardize(unpatchify(patches, size, grid)).cpu()
 
 
@@ -206,5 +199,5 @@ def patch_pixels(
     selected: PatchSelection, grid: tuple[int, int], patch_size: int
 ) -> Tensor:
     """A selection of patches (L,) as pixels (H, W)."""
-    cells = selected.reshape(grid)
-    return cells.repeat_interleave(patch_size, 0).repeat_interleave(patch_size, 1)
+    size = (grid[0] * patch_size, grid[1] * patch_size)
+    return upsample(selected.float().reshape(1, 1, *grid), size)[0, 0] > 0

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from crate_core.model.autoencoder import MaskedAutoencoder
+from crate_core.model.autoencoder import MaskedAutoencoder, evaluation_mode
 from crate_core.model.patches import patch_grid
 from crate_core.shapes import (
     ColorMaps,
@@ -88,20 +88,18 @@ def trace_tokens(
                 f"mask_ratio={mask_ratio} needs noise (B, L) that says which patches to remove"
             )
         noise = (torch.arange(length) / length).expand(len(images), -1)
-    was_training = model.training
-    model.eval()
-    device = next(model.parameters()).device
-    parts = [
-        model(
-            model.standardize(some.to(device)),
-            mask_ratio,
-            order.to(device),
-            True,
-            attentions,
-        )
-        for some, order in zip(images.split(BATCH), noise.split(BATCH), strict=True)
-    ]
-    model.train(was_training)
+    with evaluation_mode(model):
+        device = next(model.parameters()).device
+        parts = [
+            model(
+                model.standardize(some.to(device)),
+                mask_ratio,
+                order.to(device),
+                True,
+                attentions,
+            )
+            for some, order in zip(images.split(BATCH), noise.split(BATCH), strict=True)
+        ]
     return TokenTrace(
         tuple(
             torch.cat(layer).cpu()

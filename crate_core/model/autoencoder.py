@@ -9,7 +9,8 @@ of the two compares layers and nothing else.
 Book: :ref:`ch-crate-mae`.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, cast
 
@@ -87,6 +88,24 @@ class FrameLayer(Protocol):
     def __call__(self, x: Tokens) -> Tokens: ...
 
     def attention_weights(self, x: Tokens) -> AttentionWeights: ...
+
+
+Visit = Callable[[int, Tensor, Tensor], None]
+"""Gets the number of a layer, its input and its output."""
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode; afterwards, also after an exception, every part of
+    it is in the mode that it was in.
+    """
+    modes = [(part, part.training) for part in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
 
 
 class MaskedAutoencoder(SavedModel):
@@ -255,10 +274,63 @@ class MaskedAutoencoder(SavedModel):
         Raises ``ValueError`` for images of the wrong shape, size or dtype.  Book:
         :ref:`ch-crate-mae`.
         """
-        x = self.embed(images)
-        for layer in self.encoder:
-            x = layer(x)
+        return self.encode(self.embed(images))
+
+    def encode(
+        self,
+        x: Tokens,
+        start: int = 0,
+        stop: int | None = None,
+        visit: Visit | None = None,
+    ) -> Tensor:
+        """Encoder layers ``start`` to ``stop`` - 1 (the last), then the norm after them,
+        on tokens (B, n, d).
+
+        ``visit`` is called after each layer with its number, its input and its output.
+        Book: :ref:`ch-crate-mae`.
+        """
+        depth = len(self.encoder)
+        for index in range(start, depth if stop is None else stop):
+            before, x = x, self.encoder[index](x)
+            if visit is not None:
+                visit(index, before, x)
         return self.encoder_norm(x)
+
+    def decode(
+        self,
+        encoded: Tokens,
+        ids_restore: PatchOrder,
+        grid: tuple[int, int],
+        visit: Visit | None = None,
+    ) -> Tensor:
+        """Predicted patches (B, L, P*P*C), in the units of the targets, from the
+        encoder's output.
+
+        Parameters
+        ----------
+        encoded : what :meth:`encode` returns.
+        ids_restore : (B, L), places of the patches in the order of the mask; read only
+            with ``encode_visible_only``.
+        grid : patches down and across.
+        visit : called after each layer with its number, its input and its output.
+
+        Book: :ref:`ch-crate-mae`.
+        """
+        y = self.enter_decoder(encoded, ids_restore, grid)
+        for index, layer in enumerate(self.decoder):
+            before, y = y, layer(y)
+            if visit is not None:
+                visit(index, before, y)
+        return self.prediction(self.decoder_norm(y))[:, 1:]
+
+    def denormalize(self, predicted: Patches, originals: Patches) -> Patches:
+        """Predicted patches as pixels in model units: with ``normalize_targets`` on the
+        mean and deviation of each *original* patch, else as they are.
+        """
+        if not self.config.normalize_targets:
+            return predicted
+        statistics = normalize_patches(originals)
+        return predicted * statistics.std + statistics.mean
 
     def forward_intermediates(
         self,
@@ -300,22 +372,21 @@ class MaskedAutoencoder(SavedModel):
         chosen = self._layer_indices(indices)
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt={output_fmt!r}: accepted are NCHW and NLC")
-        x = self.embed(images)
         grid = self._check_input(images)
         found: list[Any] = []
-        for i, layer in enumerate(self.encoder):
-            if stop_early and i > max(chosen):
-                break
-            x = layer(x)
-            if i in chosen:
-                y = self.encoder_norm(x) if norm else x
-                patches = (
-                    y[:, 1:].mT.unflatten(-1, grid).contiguous()
-                    if output_fmt == "NCHW"
-                    else y[:, 1:]
-                )
-                found.append((patches, y[:, :1]) if return_prefix_tokens else patches)
-        return found if intermediates_only else (self.encoder_norm(x), found)
+
+        def gather(index: int, _: Tensor, x: Tensor) -> None:
+            if index not in chosen:
+                return
+            y = self.encoder_norm(x) if norm else x
+            patches = y[:, 1:]
+            if output_fmt == "NCHW":
+                patches = patches.mT.unflatten(-1, grid).contiguous()
+            found.append((patches, y[:, :1]) if return_prefix_tokens else patches)
+
+        stop = max(chosen) + 1 if stop_early else None
+        output = self.encode(self.embed(images), stop=stop, visit=gather)
+        return found if intermediates_only else (output, found)
 
     def _layer_indices(self, indices: int | Sequence[int] | None) -> set[int]:
         """Encoder layers by number from 0; ``ValueError`` names one that does not
@@ -387,21 +458,28 @@ class MaskedAutoencoder(SavedModel):
             )
             x = self.with_class_token(filled) + positions
 
-        hidden_states, decoder_hidden_states, attentions = [x], [], []
-        for layer in cast(Iterable[FrameLayer], self.encoder):
-            if output_attentions:
-                attentions.append(layer.attention_weights(x))
-            x = layer(x)
-            if output_hidden_states:
-                hidden_states.append(x)
-        y = self.enter_decoder(self.encoder_norm(x), masking.ids_restore, grid)
-        decoder_hidden_states.append(y)
-        for reverse in self.decoder:
-            y = reverse(y)
-            if output_hidden_states:
-                decoder_hidden_states.append(y)
+        hidden_states: list[Tensor] = [x]
+        decoder_hidden_states: list[Tensor] = []
+        attentions: list[Tensor] = []
 
-        logits = self.prediction(self.decoder_norm(y))[:, 1:]
+        def keep_encoder(index: int, before: Tensor, after: Tensor) -> None:
+            if output_attentions:
+                layer = cast(FrameLayer, self.encoder[index])
+                attentions.append(layer.attention_weights(before))
+            if output_hidden_states:
+                hidden_states.append(after)
+
+        def keep_decoder(index: int, before: Tensor, after: Tensor) -> None:
+            decoder_hidden_states.extend([before, after] if index == 0 else [after])
+
+        asked = output_hidden_states or output_attentions
+        encoded = self.encode(x, visit=keep_encoder if asked else None)
+        logits = self.decode(
+            encoded,
+            masking.ids_restore,
+            grid,
+            visit=keep_decoder if output_hidden_states else None,
+        )
         error = (logits - self.targets(images)).square().mean(dim=-1)  # (B, L)
         return CrateMAEOutput(
             loss=(error * mask).sum() / mask.sum(),
@@ -430,10 +508,7 @@ class MaskedAutoencoder(SavedModel):
         out = self(images, mask_ratio, noise)
         size, grid = self.config.patch_size, self._check_images(images)
         originals = patchify(images, size)
-        predicted = out.logits
-        if self.config.normalize_targets:
-            statistics = normalize_patches(originals)
-            predicted = predicted * statistics.std + statistics.mean
+        predicted = self.denormalize(out.logits, originals)
         removed = out.mask[..., None] > 0
         return Reconstruction(
             masked=unpatchify(originals.masked_fill(removed, 0.0), size, grid),

@@ -5,6 +5,9 @@ Book: :ref:`ch-comparison`.
 
 from pathlib import Path
 
+import torch
+
+from crate_core.keys import random_key
 from crate_core.model.autoencoder import MaskedAutoencoder
 from crate_core.model.config import CrateMAEConfig, FrameConfig, config_from_dict
 from crate_core.model.crate import CrateMAE
@@ -24,6 +27,18 @@ def architecture(config: FrameConfig) -> type[MaskedAutoencoder]:
 def build_model(config: FrameConfig) -> MaskedAutoencoder:
     """A freshly initialised model of the architecture that the configuration is of."""
     return architecture(config).from_config(config)
+
+
+def fresh_model(config: FrameConfig, seed: int) -> MaskedAutoencoder:
+    """A model with weights drawn from a seed; the global random state is left as it
+    was.
+
+    What a training run of this seed starts from, and so the control of what it ends
+    with.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(random_key(seed))
+        return build_model(config)
 
 
 def load_model(name: str | Path) -> MaskedAutoencoder:

@@ -6,16 +6,19 @@ Book: :ref:`ch-crate-mae`.
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
 from crate_core.shapes import (
+    HeadMaps,
     Images,
     Patches,
     PatchIndex,
     PatchMask,
     PatchNoise,
     PatchOrder,
+    PixelMaps,
     Tokens,
     TokenSubset,
 )
@@ -83,6 +86,18 @@ def unpatchify(patches: Patches, patch_size: int, grid: tuple[int, int]) -> Imag
         p=patch_size,
         q=patch_size,
     )
+
+
+def upsample(maps: HeadMaps, size: tuple[int, int], smooth: bool = False) -> PixelMaps:
+    """Maps (B, K, h, w) over the picture, (B, K, H, W).
+
+    By default each patch keeps its one value, since the model has no finer ones;
+    ``smooth`` interpolates linearly between patch centres, which looks better and says
+    no more.  Book: :ref:`ch-heads`.
+    """
+    if not smooth:
+        return F.interpolate(maps, size=size, mode="nearest")
+    return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
 
 
 @dataclass(frozen=True)

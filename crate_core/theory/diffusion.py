@@ -18,10 +18,8 @@ from torch import Tensor
 from crate_core.shapes import Bases, Tokens, TokenVectors
 from crate_core.theory.integrators import Field, integrate
 from crate_core.theory.mixture import (
-    ORTHONORMALITY_TOLERANCE,
     LowRankGaussianMixture,
-    check_orthonormal,
-    coherence,
+    check_orthogonal_subspaces,
 )
 from crate_core.theory.rate import (
     check_bases,
@@ -313,19 +311,6 @@ def flow_derivative(singular: Tensor, beta: float, time: float) -> Tensor:
     return end / singular * (1 + beta * singular**2) / (1 + beta * end**2)
 
 
-def check_mutually_orthogonal(bases: Bases) -> None:
-    """Raise ``ValueError`` unless every basis is orthonormal and every two subspaces
-    are orthogonal.
-    """
-    check_orthonormal(bases)
-    cosine = coherence(bases) if len(bases) > 1 else 0.0
-    if not cosine <= ORTHONORMALITY_TOLERANCE:
-        raise ValueError(
-            f"the closed form needs mutually orthogonal subspaces: the largest cosine between two of them is "
-            f"{cosine:.3g}, accepted up to {ORTHONORMALITY_TOLERANCE:g}; structured_flow takes any bases"
-        )
-
-
 def exact_structured_flow(z: Tokens, bases: Bases, eps: float, time: float) -> Tokens:
     r"""The structured diffusion ODE solved in closed form, for mutually orthogonal
     subspaces.
@@ -359,7 +344,7 @@ def exact_structured_flow(z: Tokens, bases: Bases, eps: float, time: float) -> T
     Book: :ref:`ch-structured-ode`, :eq:`eq-sode-closed`, :prf:ref:`thm-sode-closed`.
     """
     check_bases(z, bases)
-    check_mutually_orthogonal(bases)
+    check_orthogonal_subspaces(bases)
     n, rank = z.shape[-2], bases.shape[-1]
     beta = subspace_beta(n, rank, eps)
     frames = bases.detach().double()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from crate_core.shapes import Bases, Labels, PerToken, Tokens
-from crate_core.theory.mixture import ORTHONORMALITY_TOLERANCE, check_orthonormal
+from crate_core.theory.mixture import check_orthogonal_subspaces
 from crate_core.theory.rate import (
     check_bases,
     check_eps,
@@ -22,25 +22,6 @@ from crate_core.theory.rate import (
     subspace_beta,
     subspace_coding_rate_grad,
 )
-
-
-def check_orthogonal_subspaces(bases: Bases) -> None:
-    """Raise ``ValueError`` unless the bases are orthonormal and their subspaces
-    mutually orthogonal.
-    """
-    check_orthonormal(bases)
-    components, dim, rank = bases.shape
-    frame = bases.permute(1, 0, 2).reshape(dim, components * rank)
-    gram = frame.mT @ frame
-    error = float(
-        (gram - torch.eye(components * rank, dtype=gram.dtype, device=gram.device))
-        .abs()
-        .max()
-    )
-    if not error <= ORTHONORMALITY_TOLERANCE:
-        raise ValueError(
-            f"the subspaces must be mutually orthogonal, but an entry of U_j^T U_k is {error:.3g}"
-        )
 
 
 def check_labels(z: Tokens, bases: Bases, labels: Labels) -> None:

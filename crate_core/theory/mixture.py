@@ -74,6 +74,20 @@ def coherence(bases: Bases) -> float:
     return float(norms[off_diagonal].max())
 
 
+def check_orthogonal_subspaces(bases: Bases) -> None:
+    """Raise ``ValueError`` unless every basis is orthonormal and every two subspaces
+    are orthogonal (both to ``ORTHONORMALITY_TOLERANCE``).
+    """
+    check_orthonormal(bases)
+    cosine = coherence(bases) if len(bases) > 1 else 0.0
+    if not cosine <= ORTHONORMALITY_TOLERANCE:
+        raise ValueError(
+            "the subspaces must be mutually orthogonal: the largest cosine between "
+            f"two of them is {cosine:.3g}, accepted up to "
+            f"{ORTHONORMALITY_TOLERANCE:g}"
+        )
+
+
 def random_bases(
     dim: int,
     components: int,

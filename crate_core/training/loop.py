@@ -24,9 +24,9 @@ from crate_core.data.batches import (
 )
 from crate_core.data.sources import ImageData
 from crate_core.data.streamed import StreamedBatches, StreamedImages, StreamedPictures
-from crate_core.keys import Stream, mask_noise, random_key
+from crate_core.keys import evaluation_noise, mask_noise
 from crate_core.model.autoencoder import MaskedAutoencoder
-from crate_core.model.build import build_model
+from crate_core.model.build import fresh_model
 from crate_core.shapes import Pictures
 from crate_core.training.devices import (
     clip_gradient,
@@ -52,15 +52,6 @@ class TrainingDivergedError(ArithmeticError):
     """The loss or gradient is no longer finite; the message names step, learning rate
     and last good checkpoint.
     """
-
-
-def initial_model(config: PretrainConfig) -> MaskedAutoencoder:
-    """The model with weights drawn from ``config.seed``; the global random state is
-    left as it was.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(random_key(config.seed))
-        return build_model(config.model)
 
 
 class Trainer:
@@ -102,7 +93,7 @@ class Trainer:
         # (loss, gradient norm) of the steps since the last line of the log
         self.pending: list[Tensor] = []
         unreadable: dict[int, str] = {}
-        self.model = initial_model(config)
+        self.model = fresh_model(config.model, config.seed)
         if self.checkpoint is not None:
             self.step = self.checkpoint.step
             self.pending = list(
@@ -305,7 +296,7 @@ class Trainer:
         weights = whole_weights(self.wrapped)
         if not self.accelerator.is_main_process:
             return None
-        model = initial_model(self.config)
+        model = fresh_model(self.config.model, self.config.seed)
         model.load_weights(weights, source="the processes' shares")
         return model
 
@@ -344,7 +335,5 @@ def draw_reconstructions(
 ) -> None:
     """A few held-out pictures under fixed masks, filled in by the model."""
     pictures = some_pictures(data.held_out, config.model, PICTURES_SHOWN)
-    noise = mask_noise(
-        0, 0, len(pictures), math.prod(config.model.grid), Stream.EVALUATION_MASK
-    )
+    noise = evaluation_noise(0, len(pictures), math.prod(config.model.grid))
     save_reconstructions(path, model, pictures, config.mask_ratio, noise)

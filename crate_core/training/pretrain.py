@@ -22,10 +22,11 @@ from crate_core.data.sources import ImageData
 from crate_core.data.streamed import stream_data
 from crate_core.data.understood import understood
 from crate_core.model.autoencoder import MaskedAutoencoder
+from crate_core.model.build import fresh_model
 from crate_core.records import device_name, provenance, write_json
 from crate_core.training.devices import check_compiler, make_accelerator
 from crate_core.training.loop import PICTURES_SHOWN as PICTURES_SHOWN
-from crate_core.training.loop import Trainer, draw_reconstructions, initial_model
+from crate_core.training.loop import Trainer, draw_reconstructions
 from crate_core.training.loop import TrainingDivergedError as TrainingDivergedError
 from crate_core.training.recipe import PretrainConfig, expected_range, total_steps
 from crate_core.training.run_directory import (
@@ -200,7 +201,8 @@ def continued(
         # what the end needs is looked for before the work: some held-out picture
         some_pictures(data.held_out, config.model, PICTURES_SHOWN)
         trivial = trivial_loss(
-            initial_model(config), some_batches(data.train, config.model)
+            fresh_model(config.model, config.seed),
+            some_batches(data.train, config.model),
         )
     trainer = Trainer(config, data, run, accelerator, say, report)
     parameters = sum(p.numel() for p in trainer.model.parameters())

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from crate_core.data.batches import evaluation_batches
 from crate_core.data.sources import ImageSource, SelectedImages
-from crate_core.keys import Stream, mask_noise
-from crate_core.model.autoencoder import MaskedAutoencoder
+from crate_core.keys import evaluation_noise
+from crate_core.model.autoencoder import MaskedAutoencoder, evaluation_mode
 from crate_core.model.config import FrameConfig
+from crate_core.model.patches import upsample
 from crate_core.records import atomic_write
 from crate_core.shapes import Images, PatchMask, PatchNoise
 
@@ -133,20 +134,18 @@ def held_out_loss(
 
     Book: :ref:`ch-first-training`.
     """
-    was_training = model.training
-    model.eval()
-    device = next(model.parameters()).device
-    length = math.prod(model.config.grid)
-    noise = mask_noise(seed, 0, len(images), length, Stream.EVALUATION_MASK)
-    total = 0.0
-    for rows in torch.arange(len(images)).split(batch_size):
-        loss = model(
-            model.standardize(images[rows].to(device)),
-            mask_ratio,
-            noise[rows].to(device),
-        ).loss
-        total += float(loss) * len(rows)
-    model.train(was_training)
+    with evaluation_mode(model):
+        device = next(model.parameters()).device
+        length = math.prod(model.config.grid)
+        noise = evaluation_noise(seed, len(images), length)
+        total = 0.0
+        for rows in torch.arange(len(images)).split(batch_size):
+            loss = model(
+                model.standardize(images[rows].to(device)),
+                mask_ratio,
+                noise[rows].to(device),
+            ).loss
+            total += float(loss) * len(rows)
     return total / len(images)
 
 
@@ -182,47 +181,41 @@ def reconstruction_by_ratio(
 
     Book: :ref:`ch-first-training`.
     """
-    was_training = model.training
-    model.eval()
-    device = next(model.parameters()).device
-    length = math.prod(model.config.grid)
-    noise = mask_noise(seed, 0, len(images), length, Stream.EVALUATION_MASK)
-    scores = []
-    for ratio in mask_ratios:
-        if not 0 < length - int(length * (1 - ratio)) < length:
-            raise ValueError(
-                f"mask_ratio={ratio} must leave some of {length} patches visible and remove some"
+    with evaluation_mode(model):
+        device = next(model.parameters()).device
+        length = math.prod(model.config.grid)
+        noise = evaluation_noise(seed, len(images), length)
+        scores = []
+        for ratio in mask_ratios:
+            if not 0 < length - int(length * (1 - ratio)) < length:
+                raise ValueError(
+                    f"mask_ratio={ratio} must leave some of {length} patches visible and remove some"
+                )
+            loss = squared = mean_squared = pixels = 0.0
+            for rows in torch.arange(len(images)).split(batch_size):
+                pictures, masks = images[rows].to(device), noise[rows].to(device)
+                standardized = model.standardize(pictures)
+                loss += float(model(standardized, ratio, masks).loss) * len(rows)
+                # Visible pixels of the pasted picture are the input's, so their error is
+                # zero.
+                pasted = model.reconstruct(standardized, ratio, masks)
+                error = model.unstandardize(pasted.pasted).clamp(0, 1) - pictures
+                removed = removed_pixels(pasted.mask, model.config)
+                squared += float((error.square() * removed).sum())
+                mean_squared += float(
+                    ((mean_picture.to(device) - pictures).square() * removed).sum()
+                )
+                pixels += float(removed.sum()) * pictures.shape[1]
+            psnr, mean_psnr = (
+                -10 * math.log10(total / pixels) for total in (squared, mean_squared)
             )
-        loss = squared = mean_squared = pixels = 0.0
-        for rows in torch.arange(len(images)).split(batch_size):
-            pictures, masks = images[rows].to(device), noise[rows].to(device)
-            standardized = model.standardize(pictures)
-            loss += float(model(standardized, ratio, masks).loss) * len(rows)
-            # Visible pixels of the pasted picture are the input's, so their error is
-            # zero.
-            pasted = model.reconstruct(standardized, ratio, masks)
-            error = model.unstandardize(pasted.pasted).clamp(0, 1) - pictures
-            removed = removed_pixels(pasted.mask, model.config)
-            squared += float((error.square() * removed).sum())
-            mean_squared += float(
-                ((mean_picture.to(device) - pictures).square() * removed).sum()
-            )
-            pixels += float(removed.sum()) * pictures.shape[1]
-        psnr, mean_psnr = (
-            -10 * math.log10(total / pixels) for total in (squared, mean_squared)
-        )
-        scores.append(RatioScore(ratio, loss / len(images), psnr, mean_psnr))
-    model.train(was_training)
+            scores.append(RatioScore(ratio, loss / len(images), psnr, mean_psnr))
     return scores
 
 
 def removed_pixels(mask: PatchMask, config: FrameConfig) -> Tensor:
     """A patch mask (B, L) as pixels (B, 1, H, W)."""
-    rows, columns = config.grid
-    pixels = mask.reshape(-1, 1, rows, columns)
-    return pixels.repeat_interleave(config.patch_size, 2).repeat_interleave(
-        config.patch_size, 3
-    )
+    return upsample(mask.unflatten(1, config.grid)[:, None], config.image_shape)
 
 
 def reconstruction_rows(
@@ -244,12 +237,10 @@ def reconstruction_rows(
 
     Book: :ref:`ch-first-training`.
     """
-    was_training = model.training
-    model.eval()
-    device = next(model.parameters()).device
-    images, noise = images.to(device), noise.to(device)
-    parts = model.reconstruct(model.standardize(images), mask_ratio, noise)
-    model.train(was_training)
+    with evaluation_mode(model):
+        device = next(model.parameters()).device
+        images, noise = images.to(device), noise.to(device)
+        parts = model.reconstruct(model.standardize(images), mask_ratio, noise)
     masked = torch.where(removed_pixels(parts.mask, model.config) > 0, 0.5, images)
     predicted, pasted = (
         model.unstandardize(p) for p in (parts.predicted, parts.pasted)

@@ -28,7 +28,6 @@ from crate_core.data.pictures import (
 )
 from crate_core.data.sources import ArrayImages, FileImages, held_out_split
 from crate_core.data.transforms import augmented, fit, in_mode, prepare, to_tensor
-from crate_core.keys import mask_noise
 
 
 def picture(
@@ -387,16 +386,6 @@ def test_random_crops_are_flipped_half_the_time() -> None:
         for key in range(400)
     ]
     assert 160 < sum(falling) < 240  # four standard deviations
-
-
-def test_mask_noise_is_uniform_and_a_function_of_seed_and_step() -> None:
-    noise = mask_noise(3, 7, 200, 50)
-    assert torch.equal(noise, mask_noise(3, 7, 200, 50))
-    assert not torch.equal(noise, mask_noise(3, 8, 200, 50))
-    assert not torch.equal(noise, mask_noise(4, 7, 200, 50))
-    counts = torch.histc(noise, 10, 0, 1)
-    # chi-square, 9 degrees of freedom, p = 0.001
-    assert float(((counts - 1000) ** 2 / 1000).sum()) < 27.9
 
 
 # -- unreadable pictures

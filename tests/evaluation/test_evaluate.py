@@ -38,10 +38,9 @@ from crate_core.evaluation.probe import (
     probe,
     probe_accuracy,
     small_pixels,
-    untrained,
 )
-from crate_core.keys import Stream, mask_noise
-from crate_core.model.build import build_model
+from crate_core.keys import evaluation_noise, mask_noise
+from crate_core.model.build import build_model, fresh_model
 from crate_core.model.config import CrateMAEConfig, ViTMAEConfig
 from crate_core.model.crate import CrateMAE
 from crate_core.training.yardsticks import (
@@ -185,7 +184,7 @@ def test_the_untrained_control_has_fresh_weights_and_leaves_the_random_state(
     model: CrateMAE,
 ) -> None:
     before = torch.get_rng_state()
-    one, same, other = untrained(TINY, 0), untrained(TINY, 0), untrained(TINY, 1)
+    one, same, other = fresh_model(TINY, 0), fresh_model(TINY, 0), fresh_model(TINY, 1)
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(one.patch_embedding.weight, same.patch_embedding.weight)
     assert not torch.equal(one.patch_embedding.weight, other.patch_embedding.weight)
@@ -233,7 +232,7 @@ def test_reconstruction_scores_are_their_definitions(normalize: bool) -> None:
     images = stripes(30, 3).images
     mean = images.mean(dim=0)
     (score,) = reconstruction_by_ratio(model, images, mean, [0.5], seed=2, batch_size=7)
-    noise = mask_noise(2, 0, 30, 16, Stream.EVALUATION_MASK)
+    noise = evaluation_noise(2, 30, 16)
     with torch.no_grad():
         out = model(model.standardize(images), 0.5, noise)
         predicted = model.unstandardize(
@@ -498,7 +497,7 @@ def test_fine_tuning_stands_beside_the_same_network_from_scratch(
     # The second seed's runs, by hand; from scratch every layer learns at the full rate.
     own = finetune(copy.deepcopy(model), STRIPES, replace(config, seed=1)).accuracy
     fresh = finetune(
-        untrained(TINY, 1), STRIPES, replace(config, seed=1, layer_decay=1.0)
+        fresh_model(TINY, 1), STRIPES, replace(config, seed=1, layer_decay=1.0)
     ).accuracy
     assert [scores[row]["accuracies"][1] for row in ("pretrained", "from scratch")] == [
         own,

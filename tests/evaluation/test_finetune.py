@@ -26,9 +26,9 @@ from crate_core.evaluation.finetune import (
     pool,
     shifted,
 )
-from crate_core.evaluation.probe import class_count, untrained
+from crate_core.evaluation.probe import class_count
 from crate_core.keys import Stream, random_key
-from crate_core.model.build import load_model
+from crate_core.model.build import fresh_model, load_model
 from crate_core.model.config import CrateMAEConfig, FrameConfig, ViTMAEConfig
 from crate_core.training.loop import TrainingDivergedError
 from crate_core.training.recipe import warmup_cosine
@@ -74,7 +74,7 @@ def test_fine_tuning_learns_and_is_saved(
     architecture: FrameConfig, tmp_path: Any
 ) -> None:
     lines: list[str] = []
-    model = untrained(architecture, 0)
+    model = fresh_model(architecture, 0)
     decoder = {
         k: v.clone()
         for k, v in model.state_dict().items()
@@ -105,7 +105,7 @@ def test_fine_tuning_learns_and_is_saved(
 def test_every_parameter_that_is_trained_gets_a_gradient_and_no_other(
     architecture: FrameConfig, pooling: Any
 ) -> None:
-    model = Classifier(untrained(architecture, 0), 3, pooling)
+    model = Classifier(fresh_model(architecture, 0), 3, pooling)
     torch.nn.init.normal_(model.head.weight)  # at zero it would stop the gradient
     logits = model(torch.randn(6, 1, 8, 8))
     F.cross_entropy(logits, torch.tensor([0, 1, 2, 0, 1, 2])).backward()
@@ -128,13 +128,13 @@ def test_the_classifier_starts_at_chance_and_reads_what_it_says() -> None:
     tokens = torch.randn(2, 5, 3)
     torch.testing.assert_close(pool(tokens, "class_token"), tokens[:, 0])
     torch.testing.assert_close(pool(tokens, "patch_mean"), tokens[:, 1:].sum(dim=1) / 4)
-    model = Classifier(untrained(CRATE, 0), 7)
+    model = Classifier(fresh_model(CRATE, 0), 7)
     loss = F.cross_entropy(model(torch.randn(4, 1, 8, 8)), torch.tensor([0, 3, 5, 6]))
     assert float(loss.detach()) == pytest.approx(math.log(7))
 
 
 def test_learning_rates_fall_by_layer_and_vectors_do_not_decay() -> None:
-    model = Classifier(untrained(CRATE, 0), 2)
+    model = Classifier(fresh_model(CRATE, 0), 2)
     names = {id(p): name for name, p in model.named_parameters()}
     by_name = {
         names[id(p)]: group
@@ -168,7 +168,7 @@ def test_one_step_is_adamws_at_the_scheduled_rate() -> None:
         layer_decay=0.5,
         weight_decay=0.3,
     )
-    model = untrained(CRATE, 0)
+    model = fresh_model(CRATE, 0)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     head = finetune(model, STRIPES, config).classifier.head.weight.detach()
     rate = warmup_cosine(1.0, config.lr * config.batch_size / 256, 1.5, 2.0)
@@ -187,7 +187,7 @@ def test_one_step_is_adamws_at_the_scheduled_rate() -> None:
 
 def test_a_run_is_a_function_of_its_seed() -> None:
     def weights(seed: int, workers: int = 0) -> torch.Tensor:
-        model = untrained(CRATE, 0)
+        model = fresh_model(CRATE, 0)
         config = replace(
             QUICK,
             epochs=1.5,
@@ -205,8 +205,8 @@ def test_a_run_is_a_function_of_its_seed() -> None:
 
 
 def test_bfloat16_and_compilation_stay_close() -> None:
-    plain = finetune(untrained(CRATE, 0), STRIPES, QUICK)
-    half = finetune(untrained(CRATE, 0), STRIPES, replace(QUICK, precision="bf16"))
+    plain = finetune(fresh_model(CRATE, 0), STRIPES, QUICK)
+    half = finetune(fresh_model(CRATE, 0), STRIPES, replace(QUICK, precision="bf16"))
     assert half.accuracy == plain.accuracy == 1.0
     assert half.curve[0]["loss"] == pytest.approx(plain.curve[0]["loss"], rel=0.05)
     assert half.curve != plain.curve
@@ -242,7 +242,7 @@ def test_all_shifts_and_both_flips_come_up() -> None:
 @pytest.mark.parametrize("augmentation", ["none", "crop_flip", "shift_flip"])
 def test_augmentation_is_what_it_says(augmentation: Any) -> None:
     config = replace(QUICK, augmentation=augmentation, seed=3)
-    pictures = LabelledPictures(STRIPES.train, untrained(CRATE, 0), config)
+    pictures = LabelledPictures(STRIPES.train, fresh_model(CRATE, 0), config)
     (image,) = pictures.__getitems__([(2, 5)]).images
     key = random_key(3, Stream.AUGMENT, 2, 5)
     original = STRIPES.train.images[5]
@@ -258,7 +258,7 @@ def test_labels_follow_their_pictures() -> None:
     # One class's pictures are unreadable in name only: order and labels come from the
     # same indices.
     batches = list(StepBatches(60, 20, 0, 0, 3))
-    seen = LabelledPictures(STRIPES.train, untrained(CRATE, 0), QUICK).__getitems__(
+    seen = LabelledPictures(STRIPES.train, fresh_model(CRATE, 0), QUICK).__getitems__(
         batches[0]
     )
     labels = STRIPES.train.labels[seen.indices]
@@ -274,7 +274,7 @@ def test_a_loss_that_is_not_finite_stops() -> None:
         ArrayImages(pictures, STRIPES.train.labels), STRIPES.held_out, (), ""
     )
     with pytest.raises(TrainingDivergedError, match=r"nan at step 1 \(learning rate"):
-        finetune(untrained(CRATE, 0), broken, QUICK)
+        finetune(fresh_model(CRATE, 0), broken, QUICK)
 
 
 @pytest.mark.parametrize(
@@ -347,4 +347,4 @@ def test_classes_are_counted() -> None:
 )
 def test_labels_that_cannot_be_learned(data: ImageData, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        finetune(untrained(CRATE, 0), data, QUICK)
+        finetune(fresh_model(CRATE, 0), data, QUICK)

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from crate_core.evaluation.probe import untrained
 from crate_core.inspection.layer_measures import (
     attention_parts,
     direction_rate,
@@ -28,6 +27,7 @@ from crate_core.inspection.layers import (
     summarize,
 )
 from crate_core.inspection.measures import gini, hoyer
+from crate_core.model.build import fresh_model
 from crate_core.model.config import CrateMAEConfig, FrameConfig, ViTMAEConfig
 from crate_core.model.crate import CrateMAE
 from crate_core.model.vit import ViTMAE
@@ -62,7 +62,7 @@ def arrays_of(inspection: LayerInspection | WeightInspection) -> dict[str, np.nd
     "config", [TINY, VIT, ABLATED], ids=["crate", "vit", "ablated"]
 )
 def test_every_array_has_its_shape_and_is_finite(config: FrameConfig) -> None:
-    model = untrained(config, 0)
+    model = fresh_model(config, 0)
     for mask_ratio in (0.0, 0.75):
         found = arrays_of(inspect_layers(model, PICTURES, mask_ratio=mask_ratio))
         depth = config.depth
@@ -92,7 +92,7 @@ def test_every_array_has_its_shape_and_is_finite(config: FrameConfig) -> None:
 
 
 def test_batches_do_not_matter_and_nothing_is_left_changed() -> None:
-    model = untrained(TINY, 0).train()
+    model = fresh_model(TINY, 0).train()
     whole = arrays_of(inspect_layers(model, PICTURES, mask_ratio=0.5))
     parts = arrays_of(inspect_layers(model, PICTURES, mask_ratio=0.5, batch_size=2))
     assert model.training
@@ -104,7 +104,7 @@ def test_batches_do_not_matter_and_nothing_is_left_changed() -> None:
 
 
 def test_measures_are_the_formulas_on_the_models_own_tokens() -> None:
-    model, eps = untrained(TINY, 1), 0.3
+    model, eps = fresh_model(TINY, 1), 0.3
     found = inspect_layers(model, PICTURES, eps=eps)
     with torch.no_grad():
         out = model(model.standardize(PICTURES), 0.0, output_hidden_states=True)
@@ -210,7 +210,7 @@ def test_weights_that_obey_the_theory_are_seen_to() -> None:
         np.testing.assert_allclose(getattr(found, name), 1.0, atol=1e-3, err_msg=name)
     np.testing.assert_allclose(found.written_cosine, -1.0, atol=1e-5)
     assert found.eta == TINY.eta
-    random = inspect_weights(untrained(TINY, 0))
+    random = inspect_weights(fresh_model(TINY, 0))
     assert (random.coherence_max > 0.5).all()
     assert (np.abs(random.written_cosine) < 0.5).all()
 
@@ -227,7 +227,7 @@ def test_a_shrinking_step_is_along_the_negative_gradient_and_its_controls_tell_w
 
 
 def test_rate_in_random_subspaces_is_that_of_tokens_without_structure() -> None:
-    model = untrained(CrateMAEConfig.preset("digits", dim=64, depth=1, heads=4), 0)
+    model = fresh_model(CrateMAEConfig.preset("digits", dim=64, depth=1, heads=4), 0)
     found = inspect_layers(model, PICTURES)
     # Random weights know nothing of the tokens: their subspaces are as good as any.
     np.testing.assert_allclose(
@@ -277,7 +277,7 @@ def test_direction_rate_is_blind_to_lengths_and_to_which_head_holds_a_token() ->
 
 
 def test_rates_do_not_see_that_tokens_grow() -> None:
-    model = untrained(TINY, 0)
+    model = fresh_model(TINY, 0)
     before = inspect_layers(model, PICTURES)
     # everything that makes the embedding, tripled: LayerNorm sees nearly the same
     with torch.no_grad():
@@ -312,7 +312,7 @@ def test_a_decoder_layer_that_inverts_is_found_among_the_others() -> None:
         def forward(self, y: torch.Tensor) -> torch.Tensor:
             return 2 * self.answer.expand_as(y)
 
-    model = untrained(TINY, 0)
+    model = fresh_model(TINY, 0)
     with torch.no_grad():
         hidden = model(
             model.standardize(PICTURES), 0.0, output_hidden_states=True
@@ -340,7 +340,7 @@ def test_path_similarity_does_not_see_rotations() -> None:
         def forward(self, y: torch.Tensor) -> torch.Tensor:
             return self.turned.expand_as(y)
 
-    model = untrained(TINY, 0)
+    model = fresh_model(TINY, 0)
     with torch.no_grad():
         hidden = model(
             model.standardize(PICTURES), 0.0, output_hidden_states=True
@@ -362,7 +362,7 @@ def test_partner_scores_pick_the_antidiagonal() -> None:
 
 
 def test_the_baseline_has_no_inversion_and_no_dictionary() -> None:
-    model = untrained(VIT, 0)
+    model = fresh_model(VIT, 0)
     found, weights = inspect_layers(model, PICTURES), inspect_weights(model)
     missing = (
         found.inverse_cosine,
@@ -378,7 +378,7 @@ def test_the_baseline_has_no_inversion_and_no_dictionary() -> None:
 
 
 def test_summary_is_json_with_means_and_spreads_over_pictures() -> None:
-    found = inspect_layers(untrained(TINY, 0), PICTURES)
+    found = inspect_layers(fresh_model(TINY, 0), PICTURES)
     summary = json.loads(json.dumps(summarize(found)))
     np.testing.assert_allclose(
         summary["tokens.learned"]["mean"], found.tokens.learned.mean(axis=0)
@@ -386,9 +386,9 @@ def test_summary_is_json_with_means_and_spreads_over_pictures() -> None:
     np.testing.assert_allclose(summary["gini"]["std"], found.gini.std(axis=0, ddof=1))
     assert summary["eps"] == 0.5
     assert len(summary["pooled_entropy"]) == TINY.depth + 1
-    one = summarize(inspect_layers(untrained(TINY, 0), PICTURES[:1]))
+    one = summarize(inspect_layers(fresh_model(TINY, 0), PICTURES[:1]))
     assert one["gini"]["std"] == [0.0] * (TINY.depth + 1)
-    weights = summarize(inspect_weights(untrained(VIT, 0)))
+    weights = summarize(inspect_weights(fresh_model(VIT, 0)))
     assert "dictionary_norm" not in weights
     assert len(weights["coherence_max"]) == VIT.depth
     assert found.tokens.reduction == pytest.approx(
@@ -401,17 +401,17 @@ def test_summary_is_json_with_means_and_spreads_over_pictures() -> None:
 )
 def test_bad_settings_are_named(change: dict[str, float], said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        inspect_layers(untrained(TINY, 0), PICTURES, **change)
+        inspect_layers(fresh_model(TINY, 0), PICTURES, **change)
 
 
 def test_no_picture_is_an_error() -> None:
     with pytest.raises(ValueError, match="no picture"):
-        inspect_layers(untrained(TINY, 0), PICTURES[:0])
+        inspect_layers(fresh_model(TINY, 0), PICTURES[:0])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_gives_the_same() -> None:
-    model = untrained(TINY, 0)
+    model = fresh_model(TINY, 0)
     here = arrays_of(inspect_layers(model, PICTURES))
     there = arrays_of(inspect_layers(model.to("cuda"), PICTURES))
     for name, array in here.items():

@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 
 from crate_core.cli import main
-from crate_core.evaluation.probe import untrained
 from crate_core.inspection.page import inspection_report, shipped_pictures
 from crate_core.inspection.sections import SHOWN, falls
+from crate_core.model.build import fresh_model
 from crate_core.model.config import CrateMAEConfig, FrameConfig, ViTMAEConfig
 
 DIGITS = CrateMAEConfig.preset("digits", dim=16, depth=2, heads=2)
@@ -100,7 +100,10 @@ def test_page_has_its_sections_and_stands_alone(
     config: FrameConfig, count: int, sections: list[str]
 ) -> None:
     text = inspection_report(
-        untrained(config, 5), shipped_pictures(config, count), "my <model>", seeds=(0,)
+        fresh_model(config, 5),
+        shipped_pictures(config, count),
+        "my <model>",
+        seeds=(0,),
     )
     page = Page(text)
     assert page.headings == sections
@@ -129,7 +132,7 @@ def test_page_has_its_sections_and_stands_alone(
 def test_a_control_is_needed() -> None:
     with pytest.raises(ValueError, match="at least one seed"):
         inspection_report(
-            untrained(DIGITS, 5), shipped_pictures(DIGITS, 2), "none", seeds=()
+            fresh_model(DIGITS, 5), shipped_pictures(DIGITS, 2), "none", seeds=()
         )
 
 
@@ -177,7 +180,7 @@ def test_falls_counts_steps_of_the_means() -> None:
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    untrained(DIGITS, 0).save_pretrained(tmp_path / "checkpoint")
+    fresh_model(DIGITS, 0).save_pretrained(tmp_path / "checkpoint")
     return tmp_path / "checkpoint"
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from crate_core.evaluation.probe import untrained
 from crate_core.inspection.readout import linear_readout
+from crate_core.model.build import fresh_model
 from crate_core.model.config import CrateMAEConfig, ViTMAEConfig
 from crate_core.model.patches import patchify
 
@@ -35,7 +35,7 @@ class Puts(nn.Module):
 def test_what_a_layer_puts_there_is_read_and_positions_know_the_mean_picture_only() -> (
     None
 ):
-    model = untrained(TINY, 0).train()
+    model = fresh_model(TINY, 0).train()
     patches = patchify(model.standardize(PICTURES), 2)
     put, taken = Puts(patches, 0.0), Puts(patches, 0.0)
     taken.added = -put.added
@@ -49,7 +49,7 @@ def test_what_a_layer_puts_there_is_read_and_positions_know_the_mean_picture_onl
 
 
 def test_noise_lowers_the_share() -> None:
-    model = untrained(TINY, 0)
+    model = fresh_model(TINY, 0)
     patches = patchify(model.standardize(PICTURES), 2)
     shares = []
     for noise in (0.0, 0.3, 3.0):
@@ -66,7 +66,7 @@ def test_pictures_with_structure_are_partly_read_after_mixing_and_not_before() -
         .expand(300, 1, 8, 8)
         .clone()
     )
-    shares = linear_readout(untrained(TINY, 0), grey[:200], grey[200:], 0.5)
+    shares = linear_readout(fresh_model(TINY, 0), grey[:200], grey[200:], 0.5)
     assert abs(shares[0]) < 0.05
     assert shares[1] > 0.5
 
@@ -79,7 +79,7 @@ def test_a_token_entry_that_hardly_varies_is_not_blown_up() -> None:
             out[0, :, 0] = 1.0 + 1e-6
             return out
 
-    model = untrained(TINY, 0)
+    model = fresh_model(TINY, 0)
     model.encoder = nn.ModuleList([Dead()])
     shares = linear_readout(model, PICTURES[:200], PICTURES[200:], 0.5)
     assert np.isfinite(shares).all()
@@ -88,11 +88,11 @@ def test_a_token_entry_that_hardly_varies_is_not_blown_up() -> None:
 
 def test_what_cannot_be_read_is_refused() -> None:
     with pytest.raises(ValueError, match="removes no patch of 16"):
-        linear_readout(untrained(TINY, 0), PICTURES[:4], PICTURES[4:8], 0.0)
+        linear_readout(fresh_model(TINY, 0), PICTURES[:4], PICTURES[4:8], 0.0)
     vit = ViTMAEConfig.preset(
         "cifar10-tiny", dim=16, depth=1, heads=2, decoder_dim=8, decoder_heads=2
     )
     with pytest.raises(ValueError, match="sees no token of a removed patch"):
         linear_readout(
-            untrained(vit, 0), torch.rand(2, 3, 32, 32), torch.rand(2, 3, 32, 32), 0.5
+            fresh_model(vit, 0), torch.rand(2, 3, 32, 32), torch.rand(2, 3, 32, 32), 0.5
         )

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from crate_core.inspection.heads import all_attention_maps, attention_maps, upsample
+from crate_core.inspection.heads import all_attention_maps, attention_maps
 from crate_core.inspection.token_blends import (
     decode_tokens,
     interpolate_tokens,
@@ -24,6 +24,7 @@ from crate_core.inspection.tokens import (
 from crate_core.model.autoencoder import MaskedAutoencoder
 from crate_core.model.build import build_model
 from crate_core.model.config import CrateMAEConfig, ViTMAEConfig
+from crate_core.model.patches import upsample
 
 SIZES = {"image_size": 16, "patch_size": 4, "dim": 16, "depth": 2, "heads": 2}
 CONFIGS = {

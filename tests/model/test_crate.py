@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from crate_core.model.autoencoder import evaluation_mode
 from crate_core.model.config import PRESETS, CrateMAEConfig
 from crate_core.model.crate import CrateMAE
 from crate_core.model.patches import patchify
@@ -521,3 +522,45 @@ def test_the_configuration_is_frozen_and_survives_json():
         CrateMAEConfig.from_dict(json.loads(json.dumps(rectangular.to_dict())))
         == rectangular
     )
+
+
+# ---------------------------------------------------------------------------------------------- encode, decode, modes
+
+
+@pytest.mark.parametrize("visible_only", [False, True])
+@pytest.mark.parametrize("start", [0, 1, 2])
+def test_encode_and_decode_continue_a_forward_pass_from_any_layer(visible_only, start):
+    model = build(encode_visible_only=visible_only)
+    out = model(draw(2, 3, 8, 8), 0.5, uniform(2, 16), output_hidden_states=True)
+    encoded = model.encode(out.hidden_states[start], start=start)
+    logits = model.decode(encoded, out.ids_restore, model.config.grid)
+    assert torch.equal(logits, out.logits)
+
+
+def test_encode_stops_where_asked_and_shows_each_layer():
+    model, images = build(), draw(2, 3, 8, 8)
+    states = [model.embed(images)]
+
+    def visit(index, before, after):
+        assert index == len(states) - 1
+        assert torch.equal(before, states[-1])
+        states.append(after)
+
+    stopped = model.encode(states[0], stop=1, visit=visit)
+    assert len(states) == 2
+    assert torch.equal(stopped, model.encoder_norm(states[-1]))
+
+
+@pytest.mark.parametrize("raised", [None, KeyboardInterrupt, ValueError])
+def test_evaluation_mode_gives_every_part_its_mode_back(raised):
+    model = build().train()
+    model.encoder[0].eval()
+    before = [part.training for part in model.modules()]
+    try:
+        with evaluation_mode(model):
+            assert not any(part.training for part in model.modules())
+            if raised is not None:
+                raise raised
+    except (KeyboardInterrupt, ValueError):
+        pass
+    assert [part.training for part in model.modules()] == before

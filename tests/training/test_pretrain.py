@@ -26,15 +26,12 @@ from tiny_runs import ENVIRONMENT, ROOT, TINY, contents, snapshot, tiny, train
 from torch import nn
 
 import crate_core.training.run_directory as runs
+from crate_core.model.build import fresh_model
 from crate_core.model.config import CrateMAEConfig
 from crate_core.model.crate import CrateMAE
 from crate_core.model.patches import patchify
 from crate_core.records import git_commit, provenance
-from crate_core.training.loop import (
-    PICTURES_SHOWN,
-    TrainingDivergedError,
-    initial_model,
-)
+from crate_core.training.loop import PICTURES_SHOWN, TrainingDivergedError
 from crate_core.training.pretrain import pretrain
 from crate_core.training.recipe import (
     LATER,
@@ -246,7 +243,7 @@ def test_trivial_loss_is_the_loss_of_predicting_means() -> None:
 def test_initial_weights_are_a_function_of_the_seed(tmp_path: Path) -> None:
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    one, same, other = (initial_model(tiny(tmp_path, seed=seed)) for seed in (0, 0, 1))
+    one, same, other = (fresh_model(tiny(tmp_path).model, seed) for seed in (0, 0, 1))
     assert torch.equal(torch.get_rng_state(), before)
     weights = [model.patch_embedding.weight for model in (one, same, other)]
     assert torch.equal(weights[0], weights[1])
@@ -322,7 +319,7 @@ def test_the_loss_in_the_log_is_the_models(tmp_path: Path) -> None:
         open_data("digits").train, (8, 8), 1, "none", config.seed
     )
     (items,) = StepBatches(1438, 16, config.seed, 0, 1)
-    model = initial_model(config)
+    model = fresh_model(config.model, config.seed)
     images = model.standardize(dataset.__getitems__(items).images)
     loss = model(images, 0.75, mask_noise(config.seed, 0, 16, 16)).loss.item()
     assert logged == pytest.approx(loss, rel=1e-6)
