@@ -87,6 +87,8 @@ ORDER = [
     "live.denoise_compress",
     "live.attention",
     "live.ista",
+    "live.flow",
+    "live.window",
     "live.figure",
 ]
 MODULES = sorted(

@@ -125,7 +125,16 @@ FIGURE = LiveFigure(
     script="attention.js",  # crate_core/live/attention.js
     controls=(
         Slider("scale", "Scale α of the softmax", 0.25, 256.0, 12.0, 60, log=True),
-        Slider("tokens", "Number of tokens n", 4, TOKENS, 96, TOKENS - 4, digits=3),
+        Slider(
+            "tokens",
+            "Number of tokens n",
+            4,
+            TOKENS,
+            96,
+            TOKENS - 4,
+            digits=3,
+            whole=True,
+        ),
         Slider("noise", "Noise ν (its norm)", 0.02, 2.0, 0.4, 60, log=True),
         Slider("eps", "Precision ε (exact step)", 0.02, 5.0, 0.4, 60, log=True),
     ),

@@ -153,7 +153,7 @@
   }
   function makePanel(parent, box, options) {
     const o = Object.assign({ x: [0, 1], y: [0, 1] }, options);
-    const left = o.bare ? 4 : o.ylabel || !o.noYTicks ? (o.ylabel ? 50 : 36) : 8;
+    const left = o.bare ? 4 : o.noYTicks ? 8 : o.ylabel ? 54 : 42;
     const top = o.title ? 22 : 8, bottom = o.bare ? 4 : o.xlabel ? 40 : 24;
     const area = { x: box.x + left, y: box.y + top, w: box.w - left - 10, h: box.h - top - bottom };
     let [x0, x1] = o.x, [y0, y1] = o.y;
@@ -257,6 +257,27 @@
           width: Math.abs(X(xs[1]) - X(xs[0])), height: Math.abs(Y(ys[1]) - Y(ys[0])),
           preserveAspectRatio: "none", style: "image-rendering: pixelated" }, extra), inside);
       },
+      /* level lines of a grid of values, grid[i][j] at (xs[j], ys[i]) */
+      contour(xs, ys, grid, levels, name, extra) {
+        let path = "";
+        for (const level of levels) {
+          for (let i = 0; i + 1 < ys.length; i++) {
+            for (let j = 0; j + 1 < xs.length; j++) {
+              const corners = [[j, i], [j + 1, i], [j + 1, i + 1], [j, i + 1]], cuts = [];
+              corners.forEach(([a, b], k) => {
+                const [c, d] = corners[(k + 1) % 4], v = grid[b][a], w = grid[d][c];
+                if ((v < level) === (w < level)) return;
+                const t = (level - v) / (w - v);
+                cuts.push([X(xs[a]) + t * (X(xs[c]) - X(xs[a])), Y(ys[b]) + t * (Y(ys[d]) - Y(ys[b]))]);
+              });
+              for (let k = 0; k + 1 < cuts.length; k += 2) {
+                path += `M${cuts[k].map(v => v.toFixed(1))}L${cuts[k + 1].map(v => v.toFixed(1))}`;
+              }
+            }
+          }
+        }
+        return svg("path", style(name, Object.assign({ d: path, "stroke-width": 1.3 }, extra)), inside);
+      },
       text(point, words, extra) {
         return svg("text", Object.assign({ x: X(point[0]), y: Y(point[1]) }, extra), inside, words);
       },
@@ -267,9 +288,10 @@
   /* ---- controls ---- */
 
   function sliderValue(spec, position) {
-    if (spec.log) return Number((spec.low * Math.pow(spec.high / spec.low, position / spec.steps)).toPrecision(6));
-    const value = spec.low + (spec.high - spec.low) * position / spec.steps;
-    return Number(value.toPrecision(12));
+    const part = position / spec.steps;
+    const value = spec.log ? spec.low * Math.pow(spec.high / spec.low, part) :
+      spec.low + (spec.high - spec.low) * part;
+    return spec.whole ? Math.round(value) : Number(value.toPrecision(spec.log ? 6 : 12));
   }
   function sliderPosition(spec, value) {
     const t = spec.log ? Math.log(value / spec.low) / Math.log(spec.high / spec.low) :
@@ -289,7 +311,11 @@
       };
       input.addEventListener("input", () => {
         view.stop();
-        view.set({ [spec.name]: sliderValue(spec, Number(input.value)) });
+        const position = Number(input.value), now = sliderPosition(spec, view.state[spec.name]);
+        let value = sliderValue(spec, position);
+        /* whole numbers of even ratio: a step changes the number by one at least */
+        if (value === view.state[spec.name] && position !== now) value += Math.sign(position - now);
+        view.set({ [spec.name]: Math.min(spec.high, Math.max(spec.low, value)) });
       });
       const box = html("div", { className: "live-control" },
         html("label", { htmlFor: id }, spec.label), html("span", { className: "live-slider" }, input, output));

@@ -18,7 +18,8 @@ State = Mapping[str, Any]
 @dataclass(frozen=True)
 class Slider:
     """A number between ``low`` and ``high`` in ``steps`` steps, even or (``log``) of
-    even ratio; ``digits`` are shown; ``play`` adds a button that runs through it.
+    even ratio; ``digits`` are shown; ``whole`` rounds to
+    integers; ``play`` adds a button that runs through it.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Slider:
     log: bool = False
     digits: int = 2
     unit: str = ""
+    whole: bool = False
     play: bool = False
     kind: str = "slider"
 

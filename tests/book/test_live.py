@@ -49,10 +49,10 @@ def some_value(control: Control, chance: random.Random) -> Any:
     """A value that the reader can set."""
     if isinstance(control, Slider):
         part = chance.randint(0, control.steps) / control.steps
-        if control.log:
-            return control.low * (control.high / control.low) ** part
         value = control.low + (control.high - control.low) * part
-        return round(value) if float(control.value).is_integer() else value
+        if control.log:
+            value = control.low * (control.high / control.low) ** part
+        return round(value) if control.whole else value
     if isinstance(control, Choice):
         return chance.choice(control.options)[0]
     return chance.random() < 0.5
