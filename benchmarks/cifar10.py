@@ -91,7 +91,11 @@ the ablations.
 LABELLED = 10_000
 """Labelled pictures that probes, neighbours and fine-tuning may see, of 50,000."""
 
-FINETUNE: Mapping[str, Any] = {"epochs": 4.0, "warmup_epochs": 0.5, "precision": "bf16"}
+FINETUNE: Mapping[str, Any] = {
+    "epochs": 4.0,
+    "warmup_ratio": 1 / 8,
+    "precision": "bf16",
+}
 """Fine-tuning beside its defaults."""
 
 RATES: Mapping[str, Mapping[str, Any]] = {
@@ -150,7 +154,7 @@ def configure(
         batch_size=batch_size,
         max_steps=GROUPS[options.group].max_steps,
         epochs=options.epochs,
-        warmup_epochs=min(1.0, options.epochs / 6),
+        warmup_ratio=min(1 / options.epochs, 1 / 6),
         seed=seed,
         device=options.device,
         precision="bf16",

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 
 from crate_core.records import device_name, provenance, write_json
-from crate_core.training.expected import EXPECTED_FILE, loss_band, unchanged
+from crate_core.training.expected import EXPECTED_FILE, loss_band
 from crate_core.training.pretrain import pretrain
-from crate_core.training.recipe import PretrainConfig, total_steps
+from crate_core.training.recipe import Plan, PretrainConfig
 from crate_core.training.run_directory import RUN_FILE, RunDirectory
 
 RESULTS = Path("results/expected-loss.json")
@@ -40,9 +40,9 @@ def finished(
     pictures = record["identity"]["training pictures"]
     summary = RunDirectory(run).summary()
     whole = PretrainConfig.from_preset(preset)
-    if config.preset != preset or not unchanged(config):
+    if config.preset != preset or Plan(config, pictures).differing():
         sys.exit(f"{run} is not an unchanged run of {preset}")
-    if summary is None or summary["steps"] != total_steps(whole, pictures):
+    if summary is None or summary["steps"] != Plan(whole, pictures).steps:
         sys.exit(f"{run} is not finished")
     return config, pictures, RunDirectory(run).logged()
 

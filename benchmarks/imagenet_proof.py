@@ -62,7 +62,7 @@ def main() -> None:
             batch_size=options.batch_size,
             lr=options.lr,
             epochs=epochs,
-            warmup_epochs=epochs / 10,
+            warmup_ratio=0.1,
             device=options.device,
             precision=options.precision,
             workers=options.workers,

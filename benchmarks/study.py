@@ -52,9 +52,11 @@ from crate_core.model.build import build_model, fresh_model, load_model
 from crate_core.model.config import CrateMAEConfig, ModelConfig, ViTMAEConfig
 from crate_core.model.cost import operation_counter
 from crate_core.records import device_name, provenance, write_json
-from crate_core.training.loop import TrainingDivergedError
-from crate_core.training.pretrain import pretrain
-from crate_core.training.recipe import PretrainConfig, total_steps
+from crate_core.training.pretrain import (
+    TrainingDivergedError,
+    pretrain,
+)
+from crate_core.training.recipe import Plan, PretrainConfig
 from crate_core.training.run_directory import RunDirectory
 from crate_core.training.yardsticks import held_out_loss, some_pictures, trivial_loss
 
@@ -246,7 +248,7 @@ def config_of(study: Study, run: Run, options: argparse.Namespace) -> PretrainCo
         data=f"hf:{options.runs / 'pictures'}",
         model=model_of(study, arm),
         epochs=study.epochs,
-        warmup_epochs=study.warmup_epochs,
+        warmup_ratio=study.warmup_epochs / study.epochs,
         batch_size=study.batch_size,
         lr=run.peak_lr * 256 / study.batch_size,
         mask_ratio=mask_ratio_of(arm),
@@ -493,7 +495,7 @@ def train_to(
     """Train from mark to mark, evaluating at each; evaluations are kept beside the run,
     so that one which was cut off is not made again.  Also why it diverged, or None."""
     directory = Path(config.output_dir)
-    steps = total_steps(replace(config, max_steps=None), len(pictures.train))
+    steps = Plan(replace(config, max_steps=None), len(pictures.train)).steps
     scores: list[Record] = []
     before = 0
     for epoch in marks_of(study, run):

@@ -49,7 +49,7 @@ def main() -> None:
     origin = provenance(command, device_name(torch.device(options.device)))
     config = FinetuneConfig(
         epochs=options.epochs,
-        warmup_epochs=min(1.0, options.epochs / 6),
+        warmup_ratio=min(1 / options.epochs, 1 / 6),
         lr=options.lr,
         layer_decay=1.0,
         seed=options.seed,

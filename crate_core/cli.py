@@ -177,7 +177,7 @@ def run_evaluate(arguments: Sequence[str], command: str) -> None:
     fine_tuning = (
         FinetuneConfig(
             epochs=options.finetune_epochs,
-            warmup_epochs=options.finetune_epochs / 10,
+            warmup_ratio=0.1,
             lr=options.finetune_lr,
             batch_size=options.finetune_batch_size,
             precision=options.finetune_precision,

@@ -24,7 +24,7 @@ FLAGS = [
         "--model.heads",
         "2",
     ),
-    *("--batch-size", "16", "--warmup-epochs", "1"),
+    *("--batch-size", "16", "--warmup-ratio", "0.003"),
 ]
 """The small model on the command line."""
 
@@ -35,7 +35,7 @@ def tiny(output_dir: Path, **overrides: object) -> PretrainConfig:
         "model": TINY,
         "batch_size": 16,
         "epochs": 12 * 16 / 1438,
-        "warmup_epochs": 2 * 16 / 1438,
+        "warmup_ratio": 1 / 6,
         "log_every": 3,
         "checkpoint_every": 4,
         "device": "cpu",

@@ -30,7 +30,14 @@ from crate_core.evaluation.probe import class_count
 from crate_core.keys import Stream, random_generator, random_key
 from crate_core.model.autoencoder import MaskedAutoencoder, evaluation_mode
 from crate_core.shapes import Images, PictureVectors, Tokens
-from crate_core.training.loop import TrainingDivergedError
+from crate_core.training.checks import (
+    check_betas,
+    check_choice,
+    check_flag,
+    check_integer,
+    check_number,
+)
+from crate_core.training.pretrain import TrainingDivergedError
 from crate_core.training.recipe import warmup_cosine
 
 Pooling = Literal["patch_mean", "class_token"]
@@ -62,8 +69,8 @@ class FinetuneConfig:
     """Pictures in a step."""
     lr: float = 1e-3
     """Base learning rate; the peak is lr * batch_size / 256."""
-    warmup_epochs: float = 1.0
-    """Epochs of linear warm-up from zero."""
+    warmup_ratio: float = 0.05
+    """Share of the epochs in which the learning rate rises linearly from zero."""
     weight_decay: float = 0.05
     """AdamW's weight decay; none on biases, norms and other one-dimensional parameters.
     """
@@ -89,41 +96,20 @@ class FinetuneConfig:
     """Processes that read pictures; batches do not depend on it."""
 
     def __post_init__(self) -> None:
-        def accept(name: str, ok: bool, accepted: str) -> None:
-            if not ok:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r}: accepted is {accepted}"
-                )
-
-        accept("batch_size", self.batch_size >= 1, "an integer of at least 1")
+        check_integer(self, "batch_size", least=1)
+        for name in ("workers", "seed"):
+            check_integer(self, name)
         for name in ("epochs", "lr"):
-            accept(name, 0 < getattr(self, name) < math.inf, "a positive number")
-        for name in ("weight_decay", "workers", "seed"):
-            accept(
-                name, 0 <= getattr(self, name) < math.inf, "zero or a positive number"
-            )
-        accept(
-            "warmup_epochs",
-            0 <= self.warmup_epochs < self.epochs,
-            f"0 to less than epochs={self.epochs:g}",
-        )
-        accept(
-            "betas",
-            len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
-            "two numbers in [0, 1)",
-        )
-        accept("layer_decay", 0 < self.layer_decay <= 1, "a number in (0, 1]")
-        accept("label_smoothing", 0 <= self.label_smoothing < 1, "a number in [0, 1)")
-        accept(
-            "pooling", self.pooling in get_args(Pooling), " or ".join(get_args(Pooling))
-        )
-        choices = get_args(FinetuneAugmentation)
-        accept(
-            "augmentation",
-            self.augmentation in choices,
-            f"{', '.join(choices[:-1])} or {choices[-1]}",
-        )
-        accept("precision", self.precision in ("fp32", "bf16"), "fp32 or bf16")
+            check_number(self, name, "a positive number")
+        check_number(self, "weight_decay", "zero or a positive number", ends="[]")
+        check_number(self, "warmup_ratio", "a share in [0, 1)", 0, 1, "[)")
+        check_betas(self, "betas")
+        check_number(self, "layer_decay", "a number in (0, 1]", 0, 1)
+        check_number(self, "label_smoothing", "a number in [0, 1)", 0, 1, "[)")
+        check_choice(self, "pooling", get_args(Pooling))
+        check_choice(self, "augmentation", get_args(FinetuneAugmentation))
+        check_choice(self, "precision", ("fp32", "bf16"))
+        check_flag(self, "compile")
 
 
 def pool(tokens: Tokens, pooling: Pooling) -> PictureVectors:
@@ -340,7 +326,10 @@ def finetune(
     ):
         unreadable.add(batch, report)
         rate = warmup_cosine(
-            step * config.batch_size / count, peak, config.warmup_epochs, config.epochs
+            step * config.batch_size / count,
+            peak,
+            config.warmup_ratio * config.epochs,
+            config.epochs,
         )
         for group in optimizer.param_groups:
             group["lr"] = rate * group["scale"]

@@ -21,6 +21,7 @@ from typing import Any, cast
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -34,7 +35,7 @@ from torch.distributed.tensor import DTensor
 
 from crate_core.model.autoencoder import MaskedAutoencoder
 from crate_core.model.files import StateDict
-from crate_core.training.recipe import PretrainConfig, parameter_groups
+from crate_core.training.recipe import PretrainConfig
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -97,13 +98,22 @@ def distribute(
         mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
         for part in (*model.encoder, *model.decoder, module):
             fully_shard(part, mesh=mesh)
-    optimizer = torch.optim.AdamW(
-        parameter_groups(module, config.weight_decay),
+    optimizer = make_optimizer(module, config, accelerator.device)
+    return (module, optimizer) if sharded else accelerator.prepare(module, optimizer)
+
+
+def make_optimizer(
+    model: nn.Module, config: PretrainConfig, device: torch.device
+) -> torch.optim.Optimizer:
+    """AdamW for a model that trains on ``device``; biases, norms and other vectors do
+    not decay, as in MAE.
+    """
+    return torch.optim.AdamW(
+        param_groups_weight_decay(model, config.weight_decay),
         lr=config.peak_lr,
         betas=config.betas,
-        fused=accelerator.device.type in ("cpu", "cuda"),
+        fused=device.type in ("cpu", "cuda"),
     )
-    return (module, optimizer) if sharded else accelerator.prepare(module, optimizer)
 
 
 @contextlib.contextmanager
@@ -145,36 +155,18 @@ def whole_weights(wrapped: nn.Module) -> StateDict:
     }
 
 
-def parameter_names(model: nn.Module) -> list[str]:
-    """Names of the parameters in the order in which an optimizer numbers them."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    return [
-        names[id(p)] for group in parameter_groups(model, 0.0) for p in group["params"]
-    ]
+def bare(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer inside accelerate's wrapper."""
+    return getattr(optimizer, "optimizer", optimizer)
 
 
 def optimizer_state(
     wrapped: nn.Module, optimizer: torch.optim.Optimizer
 ) -> dict[str, Any]:
-    """The optimizer's state as an unsharded optimizer would write it, on the main
-    process.  Every process calls it.
+    """The whole state of an optimizer by the names of parameters, on the main process,
+    whatever the number of processes.  Every process calls it.
     """
-    if not isinstance(wrapped, FSDPModule):
-        return optimizer.state_dict()
-    named: dict[str, Any] = dict(
-        get_optimizer_state_dict(cast(nn.Module, wrapped), optimizer, options=WHOLE)
-    )
-    if not named:
-        return {}
-    number = {name: i for i, name in enumerate(parameter_names(wrapped))}
-    groups = [
-        {**group, "params": sorted(number[name] for name in group["params"])}
-        for group in named["param_groups"]
-    ]
-    return {
-        "state": {number[name]: value for name, value in named["state"].items()},
-        "param_groups": groups,
-    }
+    return dict(get_optimizer_state_dict(wrapped, bare(optimizer), options=WHOLE))
 
 
 def load_optimizer_state(
@@ -183,21 +175,5 @@ def load_optimizer_state(
     """Take back what :func:`optimizer_state` gave, whatever the number of processes
     then and now.
     """
-    if not isinstance(wrapped, FSDPModule):
-        optimizer.load_state_dict(state)
-        return
-    names = parameter_names(wrapped)
-    groups = [
-        {**group, "params": [names[i] for i in group["params"]]}
-        for group in state["param_groups"]
-    ]
-    named: dict[str, Any] = {
-        "state": {names[i]: value for i, value in state["state"].items()},
-        "param_groups": groups,
-    }
-    set_optimizer_state_dict(
-        cast(nn.Module, wrapped),
-        optimizer,
-        named,
-        options=StateDictOptions(full_state_dict=True),
-    )
+    options = StateDictOptions(full_state_dict=True)
+    set_optimizer_state_dict(wrapped, bare(optimizer), state, options=options)

@@ -21,8 +21,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from crate_core.training.recipe import PretrainConfig
-
 EXPECTED_FILE = Path(__file__).with_name("expected_loss.json")
 """Measured bands by preset; written by ``benchmarks/expected_loss.py``."""
 
@@ -93,32 +91,14 @@ def measured() -> dict[str, Any]:
     )
 
 
-def unchanged(config: PretrainConfig) -> bool:
-    """Whether a run is its preset but for the seed and where the pictures come from."""
-    own, preset = (
-        config.identity(),
-        PretrainConfig.from_preset(config.preset).identity(),
-    )
-    return all(
-        own.get(name) == preset.get(name)
-        for name in own.keys() | preset.keys()
-        if name not in ("seed", "data")
-    )
-
-
-def expected_at(
-    config: PretrainConfig, pictures: int, epoch: float
+def band_at(
+    points: Sequence[Mapping[str, float]], epoch: float
 ) -> tuple[float, float] | None:
-    """Lowest and highest loss that a line of the log normally shows after ``epoch``
-    epochs.
+    """Low and high end of a band after ``epoch`` epochs, linear in the logarithm of the
+    epoch between its points; ``None`` outside.
 
-    ``None`` where nothing was measured: another recipe, another number of pictures, or
-    before the first point.
+    Book: :ref:`ch-pretraining`.
     """
-    band = measured().get(config.preset)
-    if band is None or band["pictures"] != pictures or not unchanged(config):
-        return None
-    points = band["points"]
     # Half a step's epoch is lost in rounding at the end.
     if not points[0]["epoch"] <= epoch <= 1.01 * points[-1]["epoch"]:
         return None

@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from crate_core.training.expected import expected_at
-from crate_core.training.recipe import PretrainConfig
+from crate_core.training.recipe import Plan
 from crate_core.training.run_directory import RunDirectory
 
 PICTURE_FOLDER = "pictures"
@@ -39,9 +38,8 @@ class Progress:
     Parameters
     ----------
     run : where files go.
-    config : the run.
-    pictures : how many there are to train on.
-    start, stop : first step and the one after the last.
+    plan : the run's configuration, steps and what loss is normal.
+    start : first step.
     bar : show a progress bar on stderr.
     main : whether this is the main process.
     report : gets one-line remarks.
@@ -52,18 +50,16 @@ class Progress:
     def __init__(
         self,
         run: RunDirectory,
-        config: PretrainConfig,
-        pictures: int,
+        plan: Plan,
         start: int,
-        stop: int,
         bar: bool,
         main: bool,
         report: Callable[[str], None],
     ) -> None:
-        self.run, self.config, self.pictures, self.stop = run, config, pictures, stop
+        self.run, self.plan, self.config = run, plan, plan.config
         self.main, self.report = main, report
         self.bar = tqdm(
-            total=stop,
+            total=plan.steps,
             initial=start,
             unit="step",
             disable=not (bar and main and sys.stderr.isatty()),
@@ -74,7 +70,7 @@ class Progress:
         self.lines = bar and main and not sys.stderr.isatty()
         self.said_at = self.timed_at
         self.writer: Any = None
-        if main and config.tensorboard:
+        if main and plan.config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             # Steps after `start` that an earlier process wrote and lost are hidden.
@@ -112,10 +108,10 @@ class Progress:
         self.run.log_timing(timing)
         self.remark(record)
         waited = now - self.said_at > SECONDS_BETWEEN_LINES
-        if self.lines and (waited or step == self.stop):
+        if self.lines and (waited or step == self.plan.steps):
             self.said_at = now
             self.report(
-                f"step {step:,} of {self.stop:,}, epoch {record['epoch']:g}: loss "
+                f"step {step:,} of {self.plan.steps:,}, epoch {record['epoch']:g}: loss "
                 f"{record['loss']:.4f}, {rate:.0f} images/s"
             )
         self.timed_step, self.timed_at = step, now
@@ -133,10 +129,10 @@ class Progress:
 
     def remark(self, record: Mapping[str, Any]) -> None:
         """Say ten times in a run whether the loss is normal, where that was measured."""
-        step, batch = record["step"], self.config.log_every
-        if step * REMARKS // self.stop == (step - batch) * REMARKS // self.stop:
+        step, before = record["step"], record["step"] - self.config.log_every
+        if step * REMARKS // self.plan.steps == before * REMARKS // self.plan.steps:
             return
-        normal = expected_at(self.config, self.pictures, record["epoch"])
+        normal = self.plan.expected(step)
         if normal is not None:
             low, high = normal
             verdict = "" if low <= record["loss"] <= high else "  <- outside"

@@ -346,6 +346,15 @@ class RunDirectory:
             else []
         )
 
+    def finished(self, steps: int) -> bool:
+        """Whether a run of this many steps is done and written."""
+        summary, latest = self.summary(), self.latest()
+        return (
+            summary is not None
+            and latest is not None
+            and summary["steps"] == latest.step >= steps
+        )
+
     def summary(self) -> dict[str, Any] | None:
         """What a finished run wrote, or ``None``."""
         path = self.path / SUMMARY_FILE

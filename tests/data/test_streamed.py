@@ -106,7 +106,7 @@ def test_a_streamed_run_that_is_cut_goes_on_exactly(
 ) -> None:
     fields = {
         "data": f"hf:{folder}", "streaming": True, "model": COLOUR, "augmentation": "crop_flip",
-        "epochs": 12 * 16 / 60, "warmup_epochs": 0.5,
+        "epochs": 12 * 16 / 60, "warmup_ratio": 0.15,
     }  # fmt: skip
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -116,7 +116,7 @@ def test_a_streamed_run_that_is_cut_goes_on_exactly(
     train(tiny(tmp_path / "cut", **fields, workers=1))
     torch.set_num_threads(threads)
     assert contents(tmp_path / "cut") == contents(tmp_path / "uncut")
-    with pytest.raises(ValueError, match=r"streaming \(there True, now None\)"):
+    with pytest.raises(ValueError, match=r"streaming \(there True, now False\)"):
         train(tiny(tmp_path / "cut", **{**fields, "streaming": False}))
 
 

@@ -549,7 +549,7 @@ def test_the_command_line_passes_every_option_on(
     assert main([*command, *tuning, "--finetune-precision", "bf16"]) == 0
     assert given["neighbours"] is True
     assert given["fine_tuning"] == FinetuneConfig(
-        epochs=4.0, warmup_epochs=0.4, lr=0.01, batch_size=32, precision="bf16"
+        epochs=4.0, warmup_ratio=0.1, lr=0.01, batch_size=32, precision="bf16"
     )
     assert main([*command, "--finetune-epochs", "4", "--finetune-lr", "-1"]) == 2
 

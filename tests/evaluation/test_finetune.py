@@ -30,7 +30,7 @@ from crate_core.evaluation.probe import class_count
 from crate_core.keys import Stream, random_key
 from crate_core.model.build import fresh_model, load_model
 from crate_core.model.config import CrateMAEConfig, FrameConfig, ViTMAEConfig
-from crate_core.training.loop import TrainingDivergedError
+from crate_core.training.pretrain import TrainingDivergedError
 from crate_core.training.recipe import warmup_cosine
 
 CRATE = CrateMAEConfig.preset("digits", dim=16, depth=2, heads=2)
@@ -164,7 +164,7 @@ def test_one_step_is_adamws_at_the_scheduled_rate() -> None:
         QUICK,
         batch_size=60,
         epochs=2.0,
-        warmup_epochs=1.5,
+        warmup_ratio=0.75,
         layer_decay=0.5,
         weight_decay=0.3,
     )
@@ -191,7 +191,7 @@ def test_a_run_is_a_function_of_its_seed() -> None:
         config = replace(
             QUICK,
             epochs=1.5,
-            warmup_epochs=0.5,
+            warmup_ratio=1 / 3,
             augmentation="shift_flip",
             seed=seed,
             workers=workers,
@@ -283,7 +283,7 @@ def test_a_loss_that_is_not_finite_stops() -> None:
         ({"batch_size": 0}, "batch_size=0"),
         ({"epochs": 0.0}, "epochs=0.0"),
         ({"lr": math.inf}, "lr=inf"),
-        ({"warmup_epochs": 20.0}, "less than epochs=20"),
+        ({"warmup_ratio": 1.0}, r"warmup_ratio=1.0: accepted is a share in \[0, 1\)"),
         ({"layer_decay": 1.5}, "layer_decay=1.5"),
         ({"label_smoothing": 1.0}, "label_smoothing=1.0"),
         ({"betas": (0.9, 1.0)}, "betas="),

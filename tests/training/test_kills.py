@@ -49,7 +49,7 @@ DRIVER = """
 import json, os, resource, signal, sys, time
 from pathlib import Path
 import torch
-import crate_core.training.run_directory as runs, crate_core.training.loop as loop
+import crate_core.training.run_directory as runs, crate_core.training.pretrain as loop
 from crate_core.training.recipe import PretrainConfig
 from crate_core.training.pretrain import pretrain
 

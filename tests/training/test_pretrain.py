@@ -4,7 +4,6 @@ go on exactly.
 
 import errno
 import json
-import math
 import os
 import pickle
 import shutil
@@ -19,11 +18,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 from tiny_runs import ENVIRONMENT, ROOT, TINY, contents, snapshot, tiny, train
-from torch import nn
 
 import crate_core.training.run_directory as runs
 from crate_core.model.build import fresh_model
@@ -31,18 +27,12 @@ from crate_core.model.config import CrateMAEConfig
 from crate_core.model.crate import CrateMAE
 from crate_core.model.patches import patchify
 from crate_core.records import git_commit, provenance
-from crate_core.training.loop import PICTURES_SHOWN, TrainingDivergedError
-from crate_core.training.pretrain import pretrain
-from crate_core.training.recipe import (
-    LATER,
-    OPERATIONAL,
-    PRESETS,
-    PretrainConfig,
-    expected_range,
-    learning_rate,
-    parameter_groups,
-    total_steps,
+from crate_core.training.pretrain import (
+    PICTURES_SHOWN,
+    TrainingDivergedError,
+    pretrain,
 )
+from crate_core.training.recipe import Plan, PretrainConfig
 from crate_core.training.run_directory import CheckpointError, RunDirectory
 from crate_core.training.yardsticks import trivial_loss
 
@@ -81,152 +71,6 @@ def uncut(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     return Finished(path, said, kept)
 
 
-# -- the recipe
-
-
-@given(
-    batch=st.integers(1, 512),
-    pictures=st.integers(1, 5000),
-    epochs=st.floats(1, 300),
-    warm=st.floats(0, 0.9),
-)
-def test_schedule_follows_its_formula(
-    batch: int, pictures: int, epochs: float, warm: float
-) -> None:
-    config = PretrainConfig(
-        batch_size=batch, epochs=epochs, warmup_epochs=warm * epochs, lr=1e-3
-    )
-    steps = total_steps(config, pictures)
-    assert (steps - 1) * batch < epochs * pictures * (1 + 1e-12)
-    assert steps * batch >= epochs * pictures * (1 - 1e-12)
-    for step in (0, steps // 3, steps - 1, steps, 2 * steps):
-        epoch = step * batch / pictures
-        if epoch < warm * epochs:
-            expected = epoch / (warm * epochs)
-        else:
-            expected = (
-                math.cos(
-                    math.pi
-                    / 2
-                    * min(1, (epoch - warm * epochs) / (epochs - warm * epochs))
-                )
-                ** 2
-            )
-        assert learning_rate(step, config, pictures) == pytest.approx(
-            1e-3 * batch / 256 * expected, abs=1e-12
-        )
-
-
-def test_max_steps_shortens_a_run_and_keeps_its_schedule() -> None:
-    whole = PretrainConfig.from_preset("digits")
-    short = replace(whole, max_steps=7)
-    assert total_steps(short, 1438) == 7
-    assert total_steps(replace(whole, max_steps=10**9), 1438) == total_steps(
-        whole, 1438
-    )
-    assert [learning_rate(s, short, 1438) for s in range(7)] == [
-        learning_rate(s, whole, 1438) for s in range(7)
-    ]
-
-
-def test_every_parameter_is_in_one_group_and_vectors_do_not_decay() -> None:
-    model = CrateMAE(TINY)
-    decayed, others = parameter_groups(model, 0.05)
-    assert (decayed["weight_decay"], others["weight_decay"]) == (0.05, 0.0)
-    grouped = [id(p) for group in (decayed, others) for p in group["params"]]
-    assert sorted(grouped) == sorted(id(p) for p in model.parameters())
-    plain = {id(p) for name, p in model.named_parameters() if name.endswith("bias")}
-    norms = {
-        id(p)
-        for m in model.modules()
-        if isinstance(m, nn.LayerNorm)
-        for p in m.parameters()
-    }
-    assert {id(p) for p in others["params"]} == plain | norms
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_presets_are_valid_and_survive_json(name: str) -> None:
-    config = PretrainConfig.from_preset(name)
-    assert config.output_dir == f"runs/{name}"
-    assert PretrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
-    assert config.betas == (0.9, 0.95)
-    assert config.weight_decay == 0.05
-    assert config.mask_ratio == 0.75
-
-
-def test_imagenet_presets_are_the_recipe_of_mae() -> None:
-    for name, dim in (("imagenet-small", 576), ("imagenet-base", 768)):
-        config = PretrainConfig.from_preset(name)
-        assert (config.epochs, config.warmup_epochs, config.batch_size) == (
-            800,
-            40,
-            4096,
-        )
-        assert config.peak_lr == pytest.approx(2.4e-3)
-        assert config.model.dim == dim
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "message"),
-    [
-        ("mask_ratio", 1.0, r"mask_ratio=1.0.*16 patches"),
-        ("mask_ratio", 0.0, r"mask_ratio=0.0"),
-        ("mask_ratio", 0.99, r"mask_ratio=0.99"),
-        ("batch_size", 0, "batch_size=0"),
-        ("lr", -1.0, "lr=-1.0"),
-        ("lr", math.nan, "lr=nan"),
-        ("epochs", math.inf, "epochs=inf"),
-        ("warmup_epochs", 300.0, "less than epochs=300"),
-        ("max_steps", 0, "max_steps=0"),
-        ("betas", (0.9, 1.0), "betas"),
-        ("clip_gradient", 0.0, "clip_gradient"),
-        ("max_unreadable", 1.5, "max_unreadable"),
-        ("preset", "mnist", "digits, cifar10"),
-        ("epoch", 3, r"unknown fields \['epoch'\]"),
-    ],
-)
-def test_a_field_out_of_range_is_named(field: str, value: object, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        PretrainConfig.from_preset("digits", **{field: value})
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "message"),
-    [
-        ("precision", "int8", "fp32, bf16 or fp16"),
-        ("device", "gpu", "auto, cpu, cuda or mps"),
-        ("augmentation", "mixup", "none or crop_flip"),
-    ],
-)
-def test_an_unknown_choice_is_named(field: str, value: str, message: str) -> None:
-    # Past the constructor, whose types are checked under pytest alone.
-    config = PretrainConfig.from_preset("digits")
-    object.__setattr__(config, field, value)
-    with pytest.raises(ValueError, match=message):
-        config.__post_init__()
-
-
-def test_identity_leaves_out_operational_fields_only() -> None:
-    config = PretrainConfig.from_preset("digits")
-    names = {name.partition(".")[0] for name in config.identity()}
-    assert names == set(config.to_dict()) - OPERATIONAL - {"preset", *LATER}
-    streamed = replace(config, data="hf:x", streaming=True)
-    assert set(streamed.identity()) == set(config.identity()) | {"streaming"}
-
-
-def test_expected_loss_is_for_the_unchanged_preset() -> None:
-    config = PretrainConfig.from_preset("digits")
-    steps = total_steps(config, 1438)
-    assert expected_range(config, steps, 1438) == PRESETS["digits"].loss is not None
-    assert (
-        expected_range(replace(config, seed=5, workers=2), steps, 1438)
-        == PRESETS["digits"].loss
-    )
-    assert expected_range(replace(config, lr=1e-3), steps, 1438) is None
-    assert expected_range(config, steps - 1, 1438) is None
-
-
 # -- the loop
 
 
@@ -257,7 +101,7 @@ def test_training_beats_the_mean_patch(tmp_path: Path) -> None:
         model=model,
         batch_size=64,
         epochs=9.0,
-        warmup_epochs=1.0,
+        warmup_ratio=1 / 9,
         lr=0.04,
         checkpoint_every=500,
     )
@@ -291,9 +135,7 @@ def test_a_finished_run_holds_what_it_says(uncut: Finished) -> None:
     assert summary["train_loss"] == pytest.approx(
         np.mean([line["loss"] for line in log])
     )
-    assert all(
-        line["lr"] == learning_rate(line["step"] - 1, config, 1438) for line in log
-    )
+    assert all(line["lr"] == Plan(config, 1438).lr(line["step"] - 1) for line in log)
     model = CrateMAE.from_pretrained(tmp_path)
     assert model.config == TINY
     (checkpoint,) = (tmp_path / "checkpoints").iterdir()
@@ -366,7 +208,6 @@ def test_a_folder_smaller_than_a_batch_trains_and_counts_damage(tmp_path: Path) 
         tmp_path / "run",
         data=f"folder:{pictures}",
         epochs=6.0,
-        warmup_epochs=1.0,
         augmentation="crop_flip",
     )
     said = train(config)
@@ -430,9 +271,7 @@ def test_changed_data_is_another_run(tmp_path: Path) -> None:
     pictures.mkdir()
     for i in range(12):
         Image.new("L", (8, 8), 20 * i).save(pictures / f"{i:02d}.png")
-    config = tiny(
-        tmp_path / "run", data=f"folder:{pictures}", epochs=3.0, warmup_epochs=1.0
-    )
+    config = tiny(tmp_path / "run", data=f"folder:{pictures}", epochs=3.0)
     train(config)
     Image.new("L", (8, 8)).save(pictures / "99.png")
     with pytest.raises(ValueError, match=r"training pictures \(there 11, now 12\)"):
@@ -573,7 +412,7 @@ def test_a_command_killed_from_outside_goes_on(tmp_path: Path) -> None:
         "--log-every",
         "7",
     ]
-    base += ["--checkpoint-every", "5", "--warmup-epochs", "1", "--seed", "3"]
+    base += ["--checkpoint-every", "5", "--warmup-ratio", "0.003", "--seed", "3"]
     log = tmp_path / "cut" / "metrics.jsonl"
     process = subprocess.Popen(
         [*base, "--output-dir", str(tmp_path / "cut")],
@@ -599,7 +438,7 @@ def test_a_command_killed_from_outside_goes_on(tmp_path: Path) -> None:
         tmp_path / "uncut",
         max_steps=60,
         epochs=300.0,
-        warmup_epochs=1.0,
+        warmup_ratio=0.003,
         log_every=7,
         checkpoint_every=5,
         seed=3,
@@ -663,7 +502,7 @@ def test_divergence_names_step_rate_and_checkpoint(tmp_path: Path) -> None:
     assert kept is not None
     step = int(str(caught.value).partition("at step ")[2].split()[0])
     assert kept.step == step - 1
-    assert f"{learning_rate(step - 1, config, 1438):.3g}" in str(caught.value)
+    assert f"{Plan(config, 1438).lr(step - 1):.3g}" in str(caught.value)
     assert all(torch.isfinite(tensor).all() for tensor in kept.weights().values())
 
 

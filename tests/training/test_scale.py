@@ -19,13 +19,16 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 import crate_core.training.expected as expected
+import crate_core.training.recipe as recipe
 from crate_core.data.named import open_data
 from crate_core.model.autoencoder import MaskedAutoencoder
 from crate_core.model.config import CrateMAEConfig, ViTMAEConfig
 from crate_core.model.crate import CrateMAE
 from crate_core.training.devices import make_accelerator
-from crate_core.training.loop import Trainer
-from crate_core.training.recipe import PRESETS, PretrainConfig
+from crate_core.training.expected import band_at
+from crate_core.training.presets import PRESETS
+from crate_core.training.pretrain import Trainer
+from crate_core.training.recipe import Plan, PretrainConfig
 from crate_core.training.run_directory import RunDirectory
 
 
@@ -138,7 +141,7 @@ import crate_core.model.files as pretrained, crate_core.records as records
 import crate_core.training.run_directory as runs
 from crate_core.data.named import open_data
 from crate_core.training.devices import make_accelerator
-from crate_core.training.loop import Trainer
+from crate_core.training.pretrain import Trainer
 from crate_core.training.recipe import PretrainConfig
 from crate_core.training.pretrain import pretrain
 from safetensors.torch import save_file
@@ -386,23 +389,26 @@ def test_what_is_normal_is_said_for_the_unchanged_preset_alone(
         for e, m in ((1.0, 1.0), (4.0, 0.5), (8.0, 0.3))
     ]
     bands = {"digits": {"pictures": 1438, "points": points}}
-    monkeypatch.setattr(expected, "measured", lambda: bands)
-    config = PretrainConfig.from_preset("digits", seed=7, data="hf:elsewhere")
-    assert expected.expected_at(config, 1438, 1.0) == pytest.approx((0.9, 1.1))
+    monkeypatch.setattr(recipe, "measured", lambda: bands)
+    config = PretrainConfig(seed=7, data="hf:elsewhere", batch_size=128)
+    plan = Plan(config, 1438)
+    steps = [point["epoch"] * 1438 / 128 for point in points]
+    for exact, low in zip(steps, (0.9, 0.4, 0.2), strict=True):
+        step = round(exact)
+        near = plan.expected(step)
+        assert near is not None
+        assert near == pytest.approx((low, low + 0.2), abs=0.03)
+        assert near == band_at(points, plan.epoch(step))
     # half-way in the logarithm
-    assert expected.expected_at(config, 1438, 2.0) == pytest.approx((0.65, 0.85))
-    assert expected.expected_at(config, 1438, 8.0) == pytest.approx((0.2, 0.4))
-    assert expected.expected_at(config, 1438, 0.5) is None
-    assert expected.expected_at(config, 1438, 9.0) is None
-    assert expected.expected_at(config, 1437, 2.0) is None
-    assert (
-        expected.expected_at(PretrainConfig.from_preset("digits", lr=1e-3), 1438, 2.0)
-        is None
-    )
-    assert (
-        expected.expected_at(PretrainConfig.from_preset("imagenet-base"), 1438, 2.0)
-        is None
-    )
+    assert band_at(points, 2.0) == pytest.approx((0.65, 0.85))
+    assert band_at(points, 0.5) is None
+    assert band_at(points, 9.0) is None
+    middle = round(2 * 1438 / 128)
+    assert plan.expected(middle) is not None
+    assert plan.expected(5) is None
+    assert Plan(config, 1437).expected(middle) is None
+    assert Plan(replace(config, lr=1e-3), 1438).expected(middle) is None
+    assert Plan(PretrainConfig("imagenet-base"), 1438).expected(middle) is None
 
 
 def test_shipped_bands_belong_to_presets() -> None:
@@ -418,9 +424,7 @@ def test_shipped_bands_belong_to_presets() -> None:
 def test_a_run_says_whether_its_loss_is_normal(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    import crate_core.training.progress as progress
-
-    monkeypatch.setattr(progress, "expected_at", lambda *_: (0.0, 0.1))
+    monkeypatch.setattr(Plan, "expected", lambda *_: (0.0, 0.1))
     said = [
         line
         for line in train(tiny(tmp_path))
