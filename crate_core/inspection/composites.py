@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from crate_core.data.photographs import photographs
 from crate_core.shapes import Images, ObjectMask
 
 PLACES = ("anywhere", "centre")
@@ -35,18 +36,6 @@ class Composites:
     mask: ObjectMask
     is_disc: Tensor
     background: Images
-
-
-def photographs() -> list[Tensor]:
-    """The two photographs that scikit-learn ships, each (3, 427, 640) in [0, 1].  Book:
-    :ref:`ch-heads`.
-    """
-    from sklearn.datasets import load_sample_image
-
-    return [
-        torch.from_numpy(load_sample_image(name).copy()).permute(2, 0, 1) / 255
-        for name in ("china.jpg", "flower.jpg")
-    ]
 
 
 def composites(

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from sklearn.metrics import jaccard_score, roc_auc_score
 from torch import Tensor
 
-from crate_core.inspection.composites import composites, digit_pictures, photographs
+from crate_core.data.photographs import photographs
+from crate_core.inspection.composites import composites, digit_pictures
 from crate_core.inspection.foreground import (
     area_under_curve,
     centre_blob,

@@ -211,6 +211,28 @@ def test_default_signal_has_unit_mean_squared_norm_and_samples_split_into_clean_
     assert torch.equal(silent.tokens, silent.clean)
 
 
+@settings(max_examples=10)
+@given(st.integers(0, 2**31))
+def test_samples_have_the_weights_and_covariances_of_the_model(seed):
+    bases = random_bases(6, 2, 2, orthogonal=False, generator=seeded(seed), dtype=F64)
+    scales = torch.tensor([[1.0, 0.5], [0.8, 0.2]], dtype=F64)
+    weights = torch.tensor([0.3, 0.7], dtype=F64)
+    mix = LowRankGaussianMixture(bases, weights, scales)
+    drawn = mix.sample(20_000, 0.1, generator=seeded(seed))
+    for k in range(2):
+        own = drawn.tokens[drawn.labels == k]
+        share_error = math.sqrt(0.3 * 0.7 / 20_000)
+        assert abs(len(own) / 20_000 - float(weights[k])) < 5 * share_error
+        covariance = bases[k] @ torch.diag(scales[k] ** 2) @ bases[k].T
+        covariance += 0.01 * torch.eye(6, dtype=F64)
+        diagonal = covariance.diag()
+        variance = (covariance**2 + diagonal[:, None] * diagonal) / len(own)
+        z_scores = (own.T @ own / len(own) - covariance) / variance.sqrt()
+        assert float(z_scores.abs().max()) < 5
+        independent = (own.T @ own / len(own) - diagonal.diag()) / variance.sqrt()
+        assert float(independent.abs().max()) > 5  # a diagonal covariance is refused
+
+
 def test_given_labels_are_used_and_seeds_repeat():
     mix = LowRankGaussianMixture.random(8, 2, 2, generator=seeded(0))
     labels = torch.tensor([0, 1, 1, 0])
