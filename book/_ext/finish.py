@@ -100,7 +100,9 @@ def with_icons(page: str, paths: dict[str, tuple[int, int, str]]) -> str:
             f'<path fill="currentColor" d="{path}"></path></svg>'
         )
 
-    page = re.sub(r'<i class="([^"]*\bfa-[^"]*)"([^>]*)>\s*</i>', drawn, page)
+    page = re.sub(
+        r'<(?:i|span) class="([^"]*\bfa-[^"]*)"([^>]*)>\s*</(?:i|span)>', drawn, page
+    )
     page = re.sub(
         r'<script defer src="[^"]*fontawesome\.js[^"]*"></script>\s*', "", page
     )
