@@ -30,7 +30,7 @@ PY := $(VENV)/bin/python
 EXTRAS := train,book,test
 STAMP := $(OWN_VENV)/.installed
 NEEDED := torch torchvision jupyter_book jupytext sphinx_proof sphinx_exercise sphinxcontrib.bibtex sphinx_design \
-          sklearn sympy matplotlib pytest xdist hypothesis beartype mypy playwright bs4 tyro accelerate datasets timm
+          sklearn sympy matplotlib pytest xdist hypothesis beartype mypy importlinter basedpyright playwright bs4 tyro accelerate datasets timm
 
 # The first Python on the path that is new enough; looked for only when an environment has to be made.
 FIND_PYTHON = for p in $(PYTHON) python3 python3.12 python3.11 python3.13; do \
@@ -83,10 +83,11 @@ check-env:
 book: $(READY)  ## execute every chapter and build the site: _build/html/index.html
 	@$(PY) book/_ext/build.py
 
-lint: $(READY)  ## style and types
+lint: $(READY)  ## style, types, who imports whom
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	$(VENV)/bin/lint-imports --no-logo --cache-dir _build/.import_linter_cache
 
 unit: $(READY)  ## the package's tests, twice: plain, and with the shapes in signatures checked
 	$(PY) -m pytest -n $(WORKERS) -m "not book and not site" $(PYTEST_ARGS)

@@ -32,6 +32,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from crate_core.data.batches import some_pictures
 from crate_core.data.named import open_data
 from crate_core.data.sources import ImageData, SelectedImages
 from crate_core.evaluation.finetune import FinetuneConfig, finetune
@@ -42,16 +43,11 @@ from crate_core.model.build import build_model, fresh_model, load_model
 from crate_core.model.config import FrameConfig
 from crate_core.model.cost import operation_counter
 from crate_core.model.files import save_model
-from crate_core.records import device_name, provenance, write_json
+from crate_core.records import RUN_FILE, device_name, provenance, write_json
 from crate_core.training.pretrain import pretrain
 from crate_core.training.recipe import OPERATIONAL, PretrainConfig
-from crate_core.training.run_directory import (
-    RUN_FILE,
-    PretrainResult,
-    RunDirectory,
-    result_of,
-)
-from crate_core.training.yardsticks import reconstruction_by_ratio, some_pictures
+from crate_core.training.run_directory import PretrainResult, RunDirectory, result_of
+from crate_core.training.yardsticks import reconstruction_by_ratio
 
 COMPARISON: Mapping[str, Mapping[str, Any]] = {
     "crate": {},

@@ -23,10 +23,9 @@ from typing import Any
 import torch
 
 from crate_core.evaluation.evaluate import evaluate
-from crate_core.records import device_name, provenance, write_json
+from crate_core.records import RUN_FILE, device_name, provenance, write_json
 from crate_core.training.pretrain import pretrain
 from crate_core.training.recipe import PretrainConfig
-from crate_core.training.run_directory import RUN_FILE
 
 
 def spread(values: list[float]) -> dict[str, Any]:

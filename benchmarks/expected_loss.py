@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 
-from crate_core.records import device_name, provenance, write_json
+from crate_core.records import RUN_FILE, device_name, provenance, write_json
 from crate_core.training.expected import EXPECTED_FILE, loss_band
 from crate_core.training.pretrain import pretrain
 from crate_core.training.recipe import Plan, PretrainConfig
-from crate_core.training.run_directory import RUN_FILE, RunDirectory
+from crate_core.training.run_directory import RunDirectory
 
 RESULTS = Path("results/expected-loss.json")
 

@@ -21,13 +21,13 @@ from typing import Any
 
 import torch
 
+from crate_core.data.batches import some_pictures
 from crate_core.data.named import open_data
 from crate_core.inspection.layers import inspect_layers, inspect_weights, summarize
 from crate_core.inspection.readout import linear_readout
 from crate_core.model.autoencoder import MaskedAutoencoder
 from crate_core.model.build import fresh_model, load_model
 from crate_core.records import device_name, provenance, write_json
-from crate_core.training.yardsticks import some_pictures
 
 UNTRAINED_SEEDS = (0, 1, 2)
 MASK_RATIO = 0.75

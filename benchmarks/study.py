@@ -42,6 +42,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from crate_core.data.batches import some_pictures
 from crate_core.data.named import open_data
 from crate_core.data.sources import ImageData, ImageSource, SelectedImages
 from crate_core.evaluation.neighbours import neighbour_accuracy
@@ -58,7 +59,7 @@ from crate_core.training.pretrain import (
 )
 from crate_core.training.recipe import Plan, PretrainConfig
 from crate_core.training.run_directory import RunDirectory
-from crate_core.training.yardsticks import held_out_loss, some_pictures, trivial_loss
+from crate_core.training.yardsticks import held_out_loss, trivial_loss
 
 Record = dict[str, Any]
 Rates = tuple[float, ...]

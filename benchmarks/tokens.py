@@ -20,6 +20,7 @@ import torch
 from segmentation import named_models
 from torch import Tensor
 
+from crate_core.data.batches import some_pictures
 from crate_core.data.named import open_data
 from crate_core.inspection.measures import (
     entropy_rank,
@@ -31,7 +32,6 @@ from crate_core.inspection.tokens import midpoint_nonlinearity, token_pca, trace
 from crate_core.model.autoencoder import MaskedAutoencoder
 from crate_core.model.patches import patchify
 from crate_core.records import device_name, provenance, write_json
-from crate_core.training.yardsticks import some_pictures
 
 DIRECTIONS = 32
 """How many leading shares of the spectrum are written."""

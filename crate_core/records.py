@@ -28,6 +28,10 @@ PACKAGES = (
 )
 
 
+RUN_FILE = "run.json"
+"""What a training run records of itself: its configuration and its starts."""
+
+
 def atomic_write(path: Path, content: bytes) -> None:
     """Write a file whole or not at all: under a temporary name beside it, flushed to
     disk, then renamed.

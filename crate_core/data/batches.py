@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from crate_core.data.pictures import Augmentation, Picture, UnreadableImageError
-from crate_core.data.sources import ImageSource
+from crate_core.data.sources import ImageSource, SelectedImages
 from crate_core.data.transforms import (
     Size,
     crop_flip,
@@ -36,9 +36,15 @@ from crate_core.data.transforms import (
     raw_tensor,
 )
 from crate_core.keys import Stream, random_generator, random_key
+from crate_core.model.config import FrameConfig
+from crate_core.shapes import Images
 
 SUBSTITUTES = 100
 """How many other pictures are tried in the place of one that cannot be read."""
+
+
+MEASURED_PICTURES = 2048
+"""How many pictures a quick measure of a model is taken on, at most."""
 
 
 @lru_cache(maxsize=8)
@@ -285,6 +291,42 @@ def evaluation_batches(
         for i in range(0, len(source), batch_size)
     ]
     yield from loader(HeldOutPictures(source, size, channels), rows, workers)
+
+
+def some_pictures(
+    source: ImageSource, config: FrameConfig, count: int = MEASURED_PICTURES
+) -> Images:
+    """Up to ``count`` readable pictures (B, C, H, W) in [0, 1], spread evenly over a
+    source, not augmented.
+
+    Raises ``ValueError`` if none is readable.
+    """
+    return torch.cat(list(some_batches(source, config, count)))
+
+
+def some_batches(
+    source: ImageSource,
+    config: FrameConfig,
+    count: int = MEASURED_PICTURES,
+    batch_size: int = 64,
+) -> Iterator[Images]:
+    """The pictures of :func:`some_pictures` in batches (b, C, H, W), so that few are in
+    memory at a time; ``ValueError`` if none is readable.
+    """
+    chosen = (
+        np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(int)
+    )
+    found = False
+    for batch in evaluation_batches(
+        SelectedImages(source, chosen), config.image_shape, config.channels, batch_size
+    ):
+        if len(batch.images):
+            found = True
+            yield batch.images
+    if not found:
+        raise ValueError(
+            f"none of {len(chosen)} pictures can be read, the first: {source.name(int(chosen[0]))}"
+        )
 
 
 @dataclass

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from crate_core.data.batches import some_pictures
 from crate_core.data.named import open_data
 from crate_core.data.sources import ImageData
 from crate_core.data.understood import readable, understood, with_labels
@@ -30,9 +31,8 @@ from crate_core.evaluation.probe import (
 )
 from crate_core.model.autoencoder import MaskedAutoencoder
 from crate_core.model.build import fresh_model, load_model
-from crate_core.records import device_name, provenance, write_json
-from crate_core.training.run_directory import RUN_FILE
-from crate_core.training.yardsticks import reconstruction_by_ratio, some_pictures
+from crate_core.records import RUN_FILE, device_name, provenance, write_json
+from crate_core.training.yardsticks import reconstruction_by_ratio
 
 EVALUATION_FILE = "evaluation.json"
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from crate_core.data.batches import some_pictures
 from crate_core.data.named import open_data
 from crate_core.data.sources import ArrayImages, FileImages, ImageSource, digits
 from crate_core.data.understood import shortened, some_readable
@@ -32,7 +33,6 @@ from crate_core.model.build import fresh_model
 from crate_core.model.config import FrameConfig
 from crate_core.records import atomic_write, device_name, provenance
 from crate_core.shapes import Images
-from crate_core.training.yardsticks import some_pictures
 
 STYLE = """
 :root { color-scheme: light dark; }

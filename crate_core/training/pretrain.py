@@ -27,6 +27,8 @@ from crate_core.data.batches import (
     UnreadableCount,
     loader,
     local_rows,
+    some_batches,
+    some_pictures,
 )
 from crate_core.data.named import open_data
 from crate_core.data.sources import ImageData
@@ -66,8 +68,6 @@ from crate_core.training.yardsticks import (
     TrivialLoss,
     held_out_loss,
     save_reconstructions,
-    some_batches,
-    some_pictures,
     trivial_loss,
 )
 

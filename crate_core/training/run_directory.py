@@ -31,10 +31,9 @@ from safetensors import SafetensorError
 
 from crate_core.model.autoencoder import MaskedAutoencoder
 from crate_core.model.files import CONFIG_FILE, WEIGHTS_FILE, StateDict, load_weights
-from crate_core.records import atomic_write, write_json
+from crate_core.records import RUN_FILE, atomic_write, write_json
 from crate_core.training.yardsticks import TrivialLoss
 
-RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
 TIMING_FILE = "timing.jsonl"
 LOCK_FILE = ".lock"

@@ -6,7 +6,7 @@ Book: :ref:`ch-first-training`.
 
 import io
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,17 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from crate_core.data.batches import evaluation_batches
-from crate_core.data.sources import ImageSource, SelectedImages
 from crate_core.keys import evaluation_noise
 from crate_core.model.autoencoder import MaskedAutoencoder, evaluation_mode
 from crate_core.model.config import FrameConfig
 from crate_core.model.patches import upsample
 from crate_core.records import atomic_write
 from crate_core.shapes import Images, PatchMask, PatchNoise
-
-YARDSTICK_PICTURES = 2048
-"""How many pictures the trivial and the held-out loss are measured on, at most."""
 
 COLUMNS = ("masked input", "reconstruction", "visible + reconstruction", "original")
 
@@ -51,42 +46,6 @@ class RatioScore:
     loss: float
     psnr: float
     mean_picture_psnr: float
-
-
-def some_pictures(
-    source: ImageSource, config: FrameConfig, count: int = YARDSTICK_PICTURES
-) -> Images:
-    """Up to ``count`` readable pictures (B, C, H, W) in [0, 1], spread evenly over a
-    source, not augmented.
-
-    Raises ``ValueError`` if none is readable.
-    """
-    return torch.cat(list(some_batches(source, config, count)))
-
-
-def some_batches(
-    source: ImageSource,
-    config: FrameConfig,
-    count: int = YARDSTICK_PICTURES,
-    batch_size: int = 64,
-) -> Iterator[Images]:
-    """The pictures of :func:`some_pictures` in batches (b, C, H, W), so that few are in
-    memory at a time; ``ValueError`` if none is readable.
-    """
-    chosen = (
-        np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(int)
-    )
-    found = False
-    for batch in evaluation_batches(
-        SelectedImages(source, chosen), config.image_shape, config.channels, batch_size
-    ):
-        if len(batch.images):
-            found = True
-            yield batch.images
-    if not found:
-        raise ValueError(
-            f"none of {len(chosen)} pictures can be read, the first: {source.name(int(chosen[0]))}"
-        )
 
 
 def trivial_loss(

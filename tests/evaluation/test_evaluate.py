@@ -17,6 +17,7 @@ from PIL import Image
 import crate_core.evaluation.evaluate
 import crate_core.evaluation.probe
 from crate_core.cli import main
+from crate_core.data.batches import some_pictures
 from crate_core.data.named import open_data
 from crate_core.data.sources import ArrayImages, FileImages, ImageData
 from crate_core.evaluation.evaluate import (
@@ -49,7 +50,6 @@ from crate_core.training.yardsticks import (
     reconstruction_rows,
     removed_pixels,
     save_reconstructions,
-    some_pictures,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
