@@ -11,8 +11,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-# the book's own Sphinx extensions are tested too
-sys.path.insert(0, str(ROOT / "book" / "_ext"))
+# the book's own Sphinx extensions are tested too, and the script that injects faults
+sys.path[:0] = [str(ROOT / "book" / "_ext"), str(ROOT / "tests" / "faults")]
 
 # The same examples in every run; a failure found once is found again.
 hypothesis.settings.register_profile(

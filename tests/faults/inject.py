@@ -1,0 +1,312 @@
+"""Break the package on purpose, one fault at a time, and see who notices:
+
+    python tests/faults/inject.py                    every fault; goes on where it stopped
+    python tests/faults/inject.py theory/rate.py     the faults of one file
+    python tests/faults/inject.py --report           the table, from what has run
+
+Each fault (faults.py) goes into a copy of the repository.  There its file's unit tests
+run, then the chapters that import the file, the chapter about it first; unless
+`--every`, no more chapters run once a claim has noticed.  A fault is noticed by a claim
+when one that holds without the fault is refused or does not run to its end in time.  It
+is noticed by a cell when the cell stops with an error.
+
+The state, one JSON file, keeps what has run, under a digest of what it ran on: after an
+edit of a chapter, of a test or of the faulted file only what depends on it runs again.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "book" / "_ext"))
+
+from claims import first_edition  # noqa: E402  # the book's extensions are no package
+from depcache import Package, direct_imports, is_notebook, page_code  # noqa: E402
+from faults import FAULTS, Fault  # noqa: E402  # beside this script
+
+STATE = ROOT / "_build" / "faults.json"
+HOME = {
+    "theory/mixture.py": ["mixture", "denoising"],
+    "theory/denoise.py": ["denoising", "mixture"],
+    "theory/em.py": ["mixture", "denoising"],
+    "theory/rate.py": ["coding_rate", "compression_denoising", "attention"],
+    "theory/law.py": ["compression_denoising"],
+    "theory/integrators.py": ["diffusion", "structured_ode"],
+    "theory/diffusion.py": ["structured_ode", "diffusion"],
+    "model/attention.py": ["attention", "layers"],
+    "model/kernels.py": ["ista", "layers"],
+    "model/sparsify.py": ["ista", "layers"],
+    "model/layers.py": ["layers", "crate_mae"],
+    "model/patches.py": ["crate_mae", "first_training"],
+    "model/autoencoder.py": ["crate_mae"],
+    "model/fold.py": ["cost"],
+    "model/reference.py": ["crate_mae"],
+}
+"""The chapters about a file, which run first."""
+TESTS = {
+    "model/kernels.py": ["model/test_attention.py", "model/test_sparsify.py"],
+    "model/layers.py": ["model/test_crate.py", "model/test_reference.py"],
+    "model/autoencoder.py": ["model/test_crate.py", "model/test_patches.py"],
+    "model/fold.py": ["model/test_speed.py"],
+}
+"""Unit tests of a file, where they are not those of its name."""
+
+
+def tests_of(file: str) -> list[str]:
+    """The unit tests of a file."""
+    folder, name = file.split("/")
+    return [f"tests/{test}" for test in TESTS.get(file, [f"{folder}/test_{name}"])]
+
+
+def chapters_of(file: str) -> list[str]:
+    """The chapters that run a file: those about it, then those that import it."""
+    package = Package("crate_core", ROOT / "crate_core")
+    module = "crate_core." + file.removesuffix(".py").replace("/", ".")
+    found = []
+    for page in sorted((ROOT / "book").glob("*.md")):
+        text = page.read_text(encoding="utf8")
+        if is_notebook(text) and module in direct_imports(page_code(text), package):
+            found.append(page.stem)
+    home = [name for name in HOME.get(file, []) if (ROOT / f"book/{name}.md").is_file()]
+    return list(dict.fromkeys(home + found))
+
+
+def digest(*paths: Path) -> str:
+    """Of what these files hold."""
+    content = b"\0".join(path.read_bytes() for path in paths)
+    return hashlib.sha256(content).hexdigest()[:12]
+
+
+@contextmanager
+def copy_of_repository() -> Iterator[Path]:
+    """What chapters and unit tests need, to be broken."""
+    with tempfile.TemporaryDirectory(prefix="faults-") as folder:
+        copy = Path(folder)
+        for name in ("crate_core", "book", "tests"):
+            shutil.copytree(
+                ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__")
+            )
+        for name in ("results", "pyproject.toml", "README.md", "benchmarks"):
+            (copy / name).symlink_to(ROOT / name)
+        yield copy
+
+
+def call(copy: Path, command: list[str], limit: float) -> tuple[int | None, str]:
+    """Run Python in the copy; its exit status (None: out of time) and what it said."""
+    try:
+        done = subprocess.run(
+            [sys.executable, *command],
+            cwd=copy / "book",
+            env=os.environ
+            | {
+                "PYTHONPATH": str(copy),
+                "PYTHONDONTWRITEBYTECODE": "1",
+                "OMP_NUM_THREADS": "1",
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=limit,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return None, ""
+    return done.returncode, done.stdout
+
+
+def run_tests(copy: Path, file: str, limit: float) -> dict[str, Any]:
+    """The first unit test of a file that fails, if one does."""
+    command = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--no-header"]
+    paths = [str(copy / path) for path in tests_of(file)]
+    status, said = call(copy, [*command, "--rootdir", str(copy), *paths], limit)
+    failed = re.findall(r"(?m)^(?:FAILED|ERROR) (\S+)", said)
+    return {"passed": status == 0, "in_time": status is not None, "failed": failed[:1]}
+
+
+def run_chapter(copy: Path, name: str, limit: float) -> dict[str, Any]:
+    """What became of a chapter's claims; see run_cells.py."""
+    out = copy / "outcome.json"
+    out.unlink(missing_ok=True)
+    script = str(copy / "tests" / "faults" / "run_cells.py")
+    status, said = call(copy, [script, f"{name}.md", str(out)], limit)
+    if not out.is_file():
+        why = "out of time" if status is None else said[-300:]
+        return {"claims": {}, "errors": [why], "seconds": limit}
+    return json.loads(out.read_text(encoding="utf8"))
+
+
+def noticed_by(outcome: dict[str, Any], sound: dict[str, Any]) -> list[str]:
+    """The claims that hold without the fault and are refused with it."""
+    return sorted(
+        label
+        for label, said in outcome["claims"].items()
+        if said != "holds" and sound["claims"].get(label) == "holds"
+    )
+
+
+class Injection:
+    """The runs so far, and those to come."""
+
+    def __init__(self, state: Path, limit: float) -> None:
+        self.path, self.limit = state, limit
+        self.state: dict[str, dict[str, Any]] = (
+            json.loads(state.read_text(encoding="utf8")) if state.is_file() else {}
+        )
+
+    def remember(self, key: str, mark: str, run: Any) -> Any:
+        """The outcome under this key, from the state if it is of the same files."""
+        known = self.state.get(key)
+        if known is None or known["digest"] != mark:
+            self.state[key] = {"digest": mark, "outcome": run()}
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = self.path.with_suffix(".new")
+            unfinished.write_text(json.dumps(self.state, indent=1), encoding="utf8")
+            unfinished.replace(self.path)
+        return self.state[key]["outcome"]
+
+    def sound(self, copy: Path, name: str) -> dict[str, Any]:
+        """A chapter without a fault."""
+        page = ROOT / "book" / f"{name}.md"
+        return self.remember(
+            f"sound | {name}", digest(page), lambda: run_chapter(copy, name, self.limit)
+        )
+
+    def try_fault(self, copy: Path, fault: Fault, every: bool) -> None:
+        """Put one fault in, run tests and chapters, take it out."""
+        target, original = copy / "crate_core" / fault.file, ROOT / "crate_core"
+        source = (original / fault.file).read_text(encoding="utf8")
+        sound = {name: self.sound(copy, name) for name in chapters_of(fault.file)[:1]}
+        target.write_text(fault.break_source(source), encoding="utf8")
+        try:
+            tests = [ROOT / path for path in tests_of(fault.file)]
+            self.remember(
+                f"{fault.name} | tests",
+                digest(original / fault.file, *tests),
+                lambda: run_tests(copy, fault.file, self.limit),
+            )
+            for name in chapters_of(fault.file):
+                if name not in sound:
+                    target.write_text(source, encoding="utf8")
+                    sound[name] = self.sound(copy, name)
+                    target.write_text(fault.break_source(source), encoding="utf8")
+                page = ROOT / "book" / f"{name}.md"
+                # twice the sound run's time, and a little: a fault may loop for ever
+                limit = min(self.limit, 60 + 3 * sound[name]["seconds"])
+                outcome = self.remember(
+                    f"{fault.name} | {name}",
+                    digest(original / fault.file, page),
+                    lambda name=name, limit=limit: run_chapter(copy, name, limit),
+                )
+                if noticed_by(outcome, sound[name]) and not every:
+                    break
+        finally:
+            target.write_text(source, encoding="utf8")
+
+    def rows(self) -> list[dict[str, Any]]:
+        """What is known of each fault that has run."""
+        found = []
+        for fault in FAULTS:
+            tests = self.state.get(f"{fault.name} | tests")
+            if tests is None:
+                continue
+            by, stopped, ran = [], [], []
+            for name in chapters_of(fault.file):
+                run = self.state.get(f"{fault.name} | {name}")
+                sound = self.state.get(f"sound | {name}")
+                if run is None or sound is None:
+                    continue
+                ran.append(name)
+                by += noticed_by(run["outcome"], sound["outcome"])
+                more = len(run["outcome"]["errors"]) - len(sound["outcome"]["errors"])
+                stopped += [name] if more > 0 else []
+            found.append(
+                {
+                    "fault": fault.name,
+                    "test": tests["outcome"]["failed"],
+                    "claims": by,
+                    "stopped": stopped,
+                    "chapters": ran,
+                }
+            )
+        return found
+
+    def report(self) -> str:
+        """The table in Markdown, its sums, and the claims that nothing has moved."""
+        rows = self.rows()
+        lines = [
+            "| fault | unit test | claims | cells stopped | chapters run |",
+            "|---|---|---|---|---|",
+        ]
+        for row in rows:
+            test = row["test"][0].split("::")[-1] if row["test"] else "none"
+            claims = ", ".join(row["claims"][:4]) or "none"
+            more = f" and {len(row['claims']) - 4} more" if row["claims"][4:] else ""
+            lines.append(
+                f"| {row['fault']} | {test} | {claims}{more} | "
+                f"{', '.join(row['stopped']) or 'none'} | {', '.join(row['chapters'])} |"
+            )
+        of = len(rows)
+        claim, test = [bool(r["claims"]) for r in rows], [bool(r["test"]) for r in rows]
+        stop = [bool(r["stopped"]) for r in rows]
+        neither = [
+            r["fault"]
+            for r, c, t, s in zip(rows, claim, test, stop, strict=True)
+            if not (c or t or s)
+        ]
+        lines += [
+            "",
+            f"Faults run: {of} of {len(FAULTS)}. Noticed by a claim: {sum(claim)}; by a "
+            f"unit test: {sum(test)}; by a cell that stops: {sum(stop)}; by none of "
+            f"them: {len(neither)}{': ' if neither else ''}{'; '.join(neither)}.",
+        ]
+        moved = {label for row in rows for label in row["claims"]}
+        lines += ["", "Claims of the chapters run, without an alternative and unmoved:"]
+        for page in sorted({name for row in rows for name in row["chapters"]}):
+            text = (ROOT / "book" / f"{page}.md").read_text(encoding="utf8")
+            still = [label for label in first_edition(text) if label not in moved]
+            lines.append(f"- {page}: {', '.join(still) or 'none'}")
+        return "\n".join(lines)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
+    parser.add_argument("only", nargs="*", help="words: faults whose name has one")
+    parser.add_argument("--every", action="store_true", help="run every chapter")
+    parser.add_argument("--report", action="store_true", help="show, run nothing")
+    parser.add_argument("--state", type=Path, default=STATE)
+    parser.add_argument("--limit", type=float, default=600, help="seconds a run")
+    options = parser.parse_args()
+    injection = Injection(options.state, options.limit)
+    if not options.report:
+        chosen = [
+            fault
+            for fault in FAULTS
+            if not options.only or any(word in fault.name for word in options.only)
+        ]
+        with copy_of_repository() as copy:
+            for number, fault in enumerate(chosen, start=1):
+                injection.try_fault(copy, fault, options.every)
+                (row,) = [r for r in injection.rows() if r["fault"] == fault.name]
+                print(
+                    f"[{number}/{len(chosen)}] {fault.name}: "
+                    f"claims {len(row['claims'])}, unit test {bool(row['test'])}, "
+                    f"cells {bool(row['stopped'])}",
+                    flush=True,
+                )
+    print(injection.report())
+
+
+if __name__ == "__main__":
+    main()
