@@ -1,5 +1,5 @@
-"""The figures of the report that ``crate inspect`` writes, as PNG inside ``data:``
-addresses.
+"""The figures of the report that ``crate inspect`` writes, and how one is put into a
+page.
 
 Book: :ref:`ch-layer-by-layer`.
 """
@@ -15,13 +15,17 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
+from crate_core.inspection.layer_measures import Inversion
 from crate_core.inspection.layers import LayerInspection, WeightInspection
 
 MODEL, CONTROL, MARK = "#0072B2", "#777777", "#000000"
 """Colours of the model, of its untrained control, and of reference lines."""
 
-Layers = Callable[[LayerInspection], np.ndarray]
+Measure = Callable[[LayerInspection], np.ndarray]
 """A measure (pictures, layers) of an inspection."""
+
+Named = Sequence[tuple[str, Measure]]
+"""Measures, each under the title of its panel."""
 
 
 def png(figure: Figure) -> str:
@@ -55,7 +59,7 @@ def curves(
     ax: Axes,
     model: LayerInspection,
     controls: Sequence[LayerInspection],
-    measure: Layers,
+    measure: Measure,
     first: int,
 ) -> None:
     """Mean over pictures with its spread (bars), and the range of the controls' means
@@ -89,18 +93,18 @@ def curves(
     ax.set_xticks(x)
 
 
-def rates(model: LayerInspection, controls: Sequence[LayerInspection]) -> str:
+def rate_curves(model: LayerInspection, controls: Sequence[LayerInspection]) -> Figure:
     """R and R^c at each layer's attention, what a half-step does to R^c, and the
     published measure.
     """
-    measures: list[tuple[str, Layers]] = [
-        ("R at the attention's input, nats", lambda r: r.attended.total),
-        ("R^c there, orthonormalised, nats", lambda r: r.attended.orthonormal),
+    measures: list[tuple[str, Measure]] = [
+        ("R at the attention's input, nats", lambda r: r.layers.attended.total),
+        ("R^c there, orthonormalised, nats", lambda r: r.layers.attended.orthonormal),
         (
             "change of R^c by the half-step, nats",
-            lambda r: r.compressed.orthonormal - r.tokens.orthonormal,
+            lambda r: r.layers.compressed.orthonormal - r.layers.tokens.orthonormal,
         ),
-        ("R^c as published (directions), nats", lambda r: r.directions),
+        ("R^c as published (directions), nats", lambda r: r.layers.directions),
     ]
     figure, axes = panels(len(measures))
     for ax, (title, measure) in zip(axes, measures, strict=True):
@@ -109,31 +113,29 @@ def rates(model: LayerInspection, controls: Sequence[LayerInspection]) -> str:
         ax.set_xlabel("layer", fontsize=8)
     axes[2].axhline(0, color=MARK, linewidth=1)
     axes[0].legend(frameon=False, fontsize=8)
-    return png(figure)
+    return figure
 
 
 def between_layers(
     model: LayerInspection,
     controls: Sequence[LayerInspection],
-    measures: Sequence[tuple[str, str]],
+    measures: Named,
     gaussian: Sequence[float | None],
-) -> str:
-    """Measures of the tokens between layers, named by field, with what Gaussian entries
-    would give.
-    """
+) -> Figure:
+    """Measures of the tokens between layers, with what Gaussian entries would give."""
     figure, axes = panels(len(measures))
-    for ax, (title, name), level in zip(axes, measures, gaussian, strict=True):
-        curves(ax, model, controls, lambda r, name=name: getattr(r, name), first=0)  # type: ignore[misc]
+    for ax, (title, measure), level in zip(axes, measures, gaussian, strict=True):
+        curves(ax, model, controls, measure, first=0)
         if level is not None:
             ax.axhline(level, color=MARK, linewidth=1, linestyle=":")
         ax.set_title(title, fontsize=8.5)
         ax.set_xlabel("after layer (0: embedding)", fontsize=8)
         ax.set_ylim(bottom=0)
     axes[0].legend(frameon=False, fontsize=8)
-    return png(figure)
+    return figure
 
 
-def readout(model: np.ndarray, controls: np.ndarray) -> str:
+def readout(model: np.ndarray, controls: np.ndarray) -> Figure:
     """Shares (L + 1,) of removed patches that a linear map reads, and those (seeds, L +
     1) of the controls.
     """
@@ -163,30 +165,30 @@ def readout(model: np.ndarray, controls: np.ndarray) -> str:
     ax.set_xticks(x)
     ax.set_ylim(min(-0.1, float(model.min())), 1)
     ax.legend(frameon=False, fontsize=8)
-    return png(figure)
+    return figure
 
 
 def steps(
     model: LayerInspection,
     controls: Sequence[LayerInspection],
-    names: Sequence[tuple[str, str]],
-) -> str:
+    directions: Named,
+) -> Figure:
     """Cosines of each layer's attention step with directions, one panel a direction, on
     one scale.
     """
-    figure, axes = panels(len(names))
-    for ax, (title, name) in zip(axes, names, strict=True):
-        curves(ax, model, controls, lambda r, name=name: getattr(r, name), first=1)  # type: ignore[misc]
+    figure, axes = panels(len(directions))
+    for ax, (title, measure) in zip(axes, directions, strict=True):
+        curves(ax, model, controls, measure, first=1)
         ax.axhline(0, color=MARK, linewidth=1)
         ax.set_title(title, fontsize=8.5)
         ax.set_xlabel("layer", fontsize=8)
         ax.set_ylim(-1, 1)
     axes[0].set_ylabel("cosine", fontsize=8)
     axes[0].legend(frameon=False, fontsize=8)
-    return png(figure)
+    return figure
 
 
-def weights(model: WeightInspection, controls: Sequence[WeightInspection]) -> str:
+def weights(model: WeightInspection, controls: Sequence[WeightInspection]) -> Figure:
     """Coherence, orthonormality, output projection and dictionaries, layer by layer."""
     shown = [
         ("largest cosine of two subspaces", "coherence_max", 0.0),
@@ -235,24 +237,22 @@ def weights(model: WeightInspection, controls: Sequence[WeightInspection]) -> st
         ax.set_xlabel("layer", fontsize=8)
         ax.set_xticks(x)
     axes[0].legend(frameon=False, fontsize=8)
-    return png(figure)
+    return figure
 
 
-def inversion(model: LayerInspection, control: LayerInspection) -> str:
+def inversion(model: Inversion[np.ndarray], control: Inversion[np.ndarray]) -> Figure:
     """How well decoder layers bring encoder outputs back, and how alike the paths are:
     all pairs.
     """
     figure, axes = panels(4, height=3.0)
     shown = [
-        (r, name, f"{title}, {which}")
-        for name, title in (
-            ("inverse_centred", "inversion"),
-            ("path_similarity", "paths"),
-        )
-        for r, which in ((model, "model"), (control, "untrained"))
+        (model.centred, "inversion, model"),
+        (control.centred, "inversion, untrained"),
+        (model.paths, "paths, model"),
+        (control.paths, "paths, untrained"),
     ]
-    for ax, (inspection, name, title) in zip(axes, shown, strict=True):
-        matrix = getattr(inspection, name).mean(axis=0)
+    for ax, (pairs, title) in zip(axes, shown, strict=True):
+        matrix = pairs.mean(axis=0)
         ax.grid(visible=False)
         ax.imshow(matrix, cmap="RdBu_r", norm=TwoSlopeNorm(0.0, -1.0, 1.0))
         for row, column in np.ndindex(*matrix.shape):
@@ -279,12 +279,12 @@ def inversion(model: LayerInspection, control: LayerInspection) -> str:
             range(matrix.shape[0]), [str(k + 1) for k in range(matrix.shape[0])]
         )
     axes[0].set_ylabel("encoder layer", fontsize=8)
-    return png(figure)
+    return figure
 
 
 def picture_rows(
     rows: Sequence[tuple[str, Tensor]], side: float = 0.95, maps: bool = False
-) -> str:
+) -> Figure:
     """Pictures (B, C, H, W) in [0, 1] in labelled rows; ``maps``: the single channels
     from 0 to each one's largest.
     """
@@ -316,4 +316,4 @@ def picture_rows(
                     vmax=top or 1.0,
                     interpolation="nearest",
                 )
-    return png(figure)
+    return figure

@@ -16,9 +16,9 @@ Book: :ref:`ch-layer-by-layer`.
 
 import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +50,121 @@ DIRECTIONS_EPS = 0.1
 """Coding precision of the authors' published measure, for coordinates of norm one
 (their code gives its square).
 """
+
+
+Array = TypeVar("Array")
+"""Tensors (B,) of one layer and batch while measuring, arrays (pictures, layers) after."""
+
+Part = TypeVar("Part")
+
+
+@dataclass(frozen=True)
+class Rates(Generic[Array]):
+    """Rates of one kind of tokens in nats: ``total`` is R, ``learned`` is R^c in the
+    subspaces as learned, ``orthonormal`` R^c after each basis was made orthonormal.
+    """
+
+    total: Array
+    learned: Array
+    orthonormal: Array
+
+    @property
+    def reduction(self) -> Array:
+        """R - R^c, in the orthonormalised subspaces, where both rates use the same
+        lengths.
+        """
+        return cast(Any, self.total) - self.orthonormal
+
+
+@dataclass(frozen=True)
+class Steps(Generic[Array]):
+    """Mean cosines, token by token, between what attention adds, attention(LN(x)), and
+    a direction at its input z = LN(x).
+
+    ``gradient`` is :math:`-\\nabla R^c(z)` in the learned subspaces; ``exact`` the
+    operator that makes the step exact; ``formula`` MSSA(z | U); ``residual`` minus the
+    part of z outside its strongest subspace; ``shrink`` -z.  ``beyond`` is ``gradient``
+    where the part along z is taken out of both vectors, since two vectors that shrink z
+    agree for that reason alone.  Controls: ``random``, the gradient in random
+    subspaces; ``swapped``, the gradient of another token.
+    """
+
+    gradient: Array
+    exact: Array
+    formula: Array
+    residual: Array
+    shrink: Array
+    beyond: Array
+    random: Array
+    swapped: Array
+
+
+@dataclass(frozen=True)
+class LayerMeasures(Generic[Array]):
+    """What one layer does to its input x, with u = x + attention(LN(x)).
+
+    Rates: ``attended``, of LN(x); ``attended_after``, of LN(u) with the same norm;
+    ``tokens``, of x itself; ``compressed``, of u *in the units of x*.
+    ``random_rate`` is R^c of LN(x) in random orthonormal subspaces, the control of
+    ``attended.orthonormal``; ``directions`` the authors' published measure
+    (:func:`direction_rate`).  ``steps``: the attention step against directions.
+    """
+
+    attended: Rates[Array]
+    attended_after: Rates[Array]
+    tokens: Rates[Array]
+    compressed: Rates[Array]
+    directions: Array
+    random_rate: Array
+    steps: Steps[Array]
+
+
+@dataclass(frozen=True)
+class TokenMeasures(Generic[Array]):
+    """Measures of the tokens between layers: ``norms`` (root mean square), share of
+    ``nonzeros``, ``hoyer`` and ``gini`` sparsity, effective rank by ``participation``
+    ratio and by ``entropy``, and both of the standardised tokens.
+    """
+
+    norms: Array
+    nonzeros: Array
+    hoyer: Array
+    gini: Array
+    participation: Array
+    entropy: Array
+    normed_participation: Array
+    normed_entropy: Array
+
+
+@dataclass(frozen=True)
+class Inversion(Generic[Array]):
+    """How well decoder layer m brings output l + 1 of the encoder back to input l, for
+    all pairs (L, M); a partner has m = L - 1 - l.
+
+    ``cosine`` between whole token matrices; ``centred`` after each picture's mean token
+    is taken out; ``scale`` the best scalar.  ``paths``: between encoder input l and the
+    decoder's own tokens after m + 1 layers, the cosine of their Gram matrices about the
+    mean token (linear CKA), which no rotation of either changes.
+    """
+
+    cosine: Array
+    centred: Array
+    scale: Array
+    paths: Array
+
+
+def gathered(parts: Sequence[Part], join: Callable[[list[Any]], Any]) -> Part:
+    """Measures of the same kind joined field by field; ``None`` stays ``None``."""
+    first = parts[0]
+    if first is None:
+        return first
+    if not is_dataclass(first):
+        return join(list(parts))
+    joined = {
+        field.name: gathered([getattr(part, field.name) for part in parts], join)
+        for field in fields(first)
+    }
+    return cast(Any, type(first))(**joined)
 
 
 @dataclass(frozen=True)
@@ -147,17 +262,15 @@ def direction_rate(z: Tokens, bases: Bases) -> Scalars:
     ).sum(dim=-1)
 
 
-def rates(
+def token_rates(
     z: Tokens, bases: Bases, orthonormal: Bases, eps: float
-) -> dict[str, Scalars]:
-    """R of the tokens (``total``), and R^c in bases as ``learned`` and made
-    ``orthonormal``.
-    """
-    return {
-        "total": coding_rate(z, eps),
-        "learned": subspace_coding_rate(z, bases, eps),
-        "orthonormal": subspace_coding_rate(z, orthonormal, eps),
-    }
+) -> Rates[Scalars]:
+    """R of the tokens, and R^c in bases as learned and made orthonormal."""
+    return Rates(
+        total=coding_rate(z, eps),
+        learned=subspace_coding_rate(z, bases, eps),
+        orthonormal=subspace_coding_rate(z, orthonormal, eps),
+    )
 
 
 def without(a: Tokens, z: Tokens) -> Tokens:
@@ -168,57 +281,58 @@ def without(a: Tokens, z: Tokens) -> Tokens:
 
 def layer_measures(
     layer: nn.Module, x: Tokens, key: int, eps: float
-) -> dict[str, Tensor]:
-    """All measures of one encoder layer at its input x (B, n, d), each (B,)."""
+) -> LayerMeasures[Scalars]:
+    """All measures of one encoder layer at its input x (B, n, d), each (B,); ``key``
+    fixes the random subspaces of the control.
+    """
     parts = attention_parts(layer)
     normed = parts.norm(x)
     step = parts.attend(normed)
     half, z = x + step, unit_tokens(normed)
     bases, orthonormal = parts.bases, orthonormal_bases(parts.bases)
-    measures = {"directions": direction_rate(normed, bases)}
-    streams = {
-        "attended": z,
-        "attended_after": unit_tokens(parts.norm(half)),
-        "tokens": unit_tokens(x),
-        "compressed": unit_tokens(half, like=x),
-    }
-    for name, tokens in streams.items():
-        found = rates(tokens, bases, orthonormal, eps)
-        measures |= {f"{name}.{kind}": rate for kind, rate in found.items()}
     generator = torch.Generator().manual_seed(key)
     random = orthonormal_bases(torch.randn(bases.shape, generator=generator).to(bases))
-    measures["random_rate"] = subspace_coding_rate(z, random, eps)
+
+    def rates(tokens: Tokens) -> Rates[Scalars]:
+        return token_rates(tokens, bases, orthonormal, eps)
+
     against = -subspace_coding_rate_grad(z, bases, eps)
-    directions = {
-        "gradient": against,
-        "exact": exact_mssa(z, bases, eps),
-        "formula": mssa(normed, bases, scale=1 / math.sqrt(bases.shape[-1])),
-        "residual": -residual_direction(z, orthonormal),
-        "shrink": -z,
-        "random": -subspace_coding_rate_grad(z, random, eps),
-        "swapped": against.roll(1, dims=-2),
-    }
-    measures |= {
-        f"step_{name}": token_cosine(step, direction)
-        for name, direction in directions.items()
-    }
-    measures["step_beyond"] = token_cosine(without(step, z), without(against, z))
-    return measures
+    formula = mssa(normed, bases, scale=1 / math.sqrt(bases.shape[-1]))
+    in_random = -subspace_coding_rate_grad(z, random, eps)
+    steps: Steps[Scalars] = Steps(
+        gradient=token_cosine(step, against),
+        exact=token_cosine(step, exact_mssa(z, bases, eps)),
+        formula=token_cosine(step, formula),
+        residual=token_cosine(step, -residual_direction(z, orthonormal)),
+        shrink=token_cosine(step, -z),
+        beyond=token_cosine(without(step, z), without(against, z)),
+        random=token_cosine(step, in_random),
+        swapped=token_cosine(step, against.roll(1, dims=-2)),
+    )
+    return LayerMeasures(
+        attended=rates(z),
+        attended_after=rates(unit_tokens(parts.norm(half))),
+        tokens=rates(unit_tokens(x)),
+        compressed=rates(unit_tokens(half, like=x)),
+        directions=direction_rate(normed, bases),
+        random_rate=subspace_coding_rate(z, random, eps),
+        steps=steps,
+    )
 
 
-def token_measures(x: Tokens) -> dict[str, Tensor]:
+def token_measures(x: Tokens) -> TokenMeasures[Scalars]:
     """Measures of the tokens (B, n, d) between layers, each (B,)."""
     spectrum, normed = token_spectrum(x), token_spectrum(F.layer_norm(x, x.shape[-1:]))
-    return {
-        "norms": x.square().sum(dim=-1).mean(dim=-1).sqrt(),
-        "nonzeros": nonzero_share(x).mean(dim=-1),
-        "hoyer": hoyer(x).mean(dim=-1),
-        "gini": gini(x).mean(dim=-1),
-        "participation": participation_ratio(spectrum),
-        "entropy": entropy_rank(spectrum),
-        "normed_participation": participation_ratio(normed),
-        "normed_entropy": entropy_rank(normed),
-    }
+    return TokenMeasures(
+        norms=x.square().sum(dim=-1).mean(dim=-1).sqrt(),
+        nonzeros=nonzero_share(x).mean(dim=-1),
+        hoyer=hoyer(x).mean(dim=-1),
+        gini=gini(x).mean(dim=-1),
+        participation=participation_ratio(spectrum),
+        entropy=entropy_rank(spectrum),
+        normed_participation=participation_ratio(normed),
+        normed_entropy=entropy_rank(normed),
+    )
 
 
 def centred(z: Tokens) -> Tokens:
@@ -235,7 +349,7 @@ def _token_gram(z: Tokens) -> Tensor:
 
 def inversion_measures(
     model: MaskedAutoencoder, hidden: Sequence[Tensor], decoded: Sequence[Tensor]
-) -> dict[str, Tensor]:
+) -> Inversion[Tensor]:
     """How decoder layers invert encoder layers, and how alike the paths of the two are;
     each (B, L, M).
     """
@@ -254,11 +368,9 @@ def inversion_measures(
         [torch.stack([matrix_cosine(x, y) for y in grams[1]], dim=1) for x in grams[0]],
         dim=1,
     )
-    stacked = [torch.stack(part, dim=1) for part in (whole, about_mean, scales)]
-    return dict(
-        zip(
-            ("inverse_cosine", "inverse_centred", "inverse_scale", "path_similarity"),
-            (*stacked, alike),
-            strict=True,
-        )
+    return Inversion(
+        cosine=torch.stack(whole, dim=1),
+        centred=torch.stack(about_mean, dim=1),
+        scale=torch.stack(scales, dim=1),
+        paths=alike,
     )

@@ -11,7 +11,8 @@ Book: :ref:`ch-layer-by-layer`.
 """
 
 import math
-from dataclasses import dataclass, fields
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -20,7 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from crate_core.inspection.layer_measures import (
+    Inversion,
+    LayerMeasures,
+    TokenMeasures,
     attention_parts,
+    gathered,
     inversion_measures,
     layer_measures,
     token_measures,
@@ -40,84 +45,30 @@ from crate_core.theory.rate import check_eps
 
 
 @dataclass(frozen=True)
-class Rates:
-    """Rates of one kind of tokens in nats, arrays (pictures, layers): ``total`` is R,
-    ``learned`` is R^c in the subspaces as learned, ``orthonormal`` R^c after each basis
-    was made orthonormal.
-    """
+class PooledRanks:
+    """Effective ranks of all pictures' tokens together, standardised, arrays (L + 1,)."""
 
-    total: np.ndarray
-    learned: np.ndarray
-    orthonormal: np.ndarray
-
-    @property
-    def reduction(self) -> np.ndarray:
-        """R - R^c, in the orthonormalised subspaces, where both rates use the same
-        lengths.
-        """
-        return self.total - self.orthonormal
+    participation: np.ndarray
+    entropy: np.ndarray
 
 
 @dataclass(frozen=True)
 class LayerInspection:
-    """Measures on pictures.  Arrays (pictures, L) have one column a layer, arrays
-    (pictures, L + 1) one for the embedding and one for each layer's output.
+    """Measures of every layer on pictures, at the precision ``eps`` with a share
+    ``mask_ratio`` of patches removed.
 
-    Rates: ``attended``, of the input as the layer's attention sees it, LN(x);
-    ``attended_after``, of LN(u) with the same norm, u = x + attention(LN(x));
-    ``tokens``, of x itself; ``compressed``, of u **in the units of x**. ``random_rate``
-    is R^c of LN(x) in random orthonormal subspaces, the control of
-    ``attended.orthonormal``; ``directions`` the authors' published measure: each head's
-    coordinates of each token at norm one, eps = ``DIRECTIONS_EPS``.
-
-    Steps: mean cosines between attention(LN(x)) and a direction, at the attention's
-    input z = LN(x): ``step_gradient`` with :math:`-\\nabla R^c(z)` in the learned
-    subspaces, ``step_exact`` with the operator that makes the step exact,
-    ``step_formula`` with the formula MSSA(z | U), ``step_residual`` with minus the part
-    of z outside its strongest subspace, ``step_shrink`` with -z; ``step_beyond`` is
-    ``step_gradient`` with z's own direction taken out of both. Controls:
-    ``step_random`` in random subspaces, ``step_swapped`` with the gradient of another
-    token.
-
-    Inversion, only where a decoder layer takes what an encoder layer gives: arrays
-    (pictures, L, M), how well decoder layer m brings output l + 1 back to input l; a
-    partner has m = L - 1 - l.  ``inverse_cosine`` between whole token matrices,
-    ``inverse_centred`` after each picture's mean token is taken out, ``inverse_scale``
-    the best scalar. ``path_similarity`` (pictures, L, M): between encoder input l and
-    the decoder's own tokens after m + 1 layers, the cosine of their Gram matrices about
-    the mean token (linear CKA), which no rotation of either changes.
+    ``layers``: arrays (pictures, L), one column a layer.  ``between``: arrays
+    (pictures, L + 1), one column for the embedding and one for each layer's output.
+    ``pooled``: ranks of all pictures' tokens together.  ``inversion``: arrays
+    (pictures, L, M), only where a decoder layer takes what an encoder layer gives.
     """
 
     eps: float
     mask_ratio: float
-    attended: Rates
-    attended_after: Rates
-    tokens: Rates
-    compressed: Rates
-    directions: np.ndarray
-    random_rate: np.ndarray
-    norms: np.ndarray
-    nonzeros: np.ndarray
-    hoyer: np.ndarray
-    gini: np.ndarray
-    participation: np.ndarray
-    entropy: np.ndarray
-    normed_participation: np.ndarray
-    normed_entropy: np.ndarray
-    pooled_participation: np.ndarray
-    pooled_entropy: np.ndarray
-    step_gradient: np.ndarray
-    step_exact: np.ndarray
-    step_formula: np.ndarray
-    step_residual: np.ndarray
-    step_shrink: np.ndarray
-    step_beyond: np.ndarray
-    step_random: np.ndarray
-    step_swapped: np.ndarray
-    inverse_cosine: np.ndarray | None
-    inverse_centred: np.ndarray | None
-    inverse_scale: np.ndarray | None
-    path_similarity: np.ndarray | None
+    layers: LayerMeasures[np.ndarray]
+    between: TokenMeasures[np.ndarray]
+    pooled: PooledRanks
+    inversion: Inversion[np.ndarray] | None
 
 
 @dataclass(frozen=True)
@@ -170,6 +121,16 @@ class _Pooled:
         ).clamp_min(0.0)
 
 
+def _columns(layers: list[Tensor]) -> Tensor:
+    """One column a layer."""
+    return torch.stack(layers, dim=1)
+
+
+def _rows(batches: list[Tensor]) -> np.ndarray:
+    """One row a picture, batch after batch."""
+    return torch.cat([batch.cpu().double() for batch in batches]).numpy()
+
+
 @torch.no_grad()
 def inspect_layers(
     model: MaskedAutoencoder,
@@ -211,51 +172,37 @@ def inspect_layers(
             isinstance(model.config, CrateMAEConfig)
             and not model.config.encode_visible_only
         )
-        pooled = [_Pooled() for _ in range(len(model.encoder) + 1)]
-        batches = []
+        pools = [_Pooled() for _ in range(len(model.encoder) + 1)]
+        keys = [random_key(seed, index) for index in range(len(model.encoder))]
+        layers, between, inversion = [], [], []
         for rows in torch.arange(len(images)).split(batch_size):
             pictures = model.standardize(images[rows].to(device))
             out = model(
                 pictures, mask_ratio, noise[rows].to(device), output_hidden_states=True
             )
             hidden, decoded = out.hidden_states, out.decoder_hidden_states
-            keys = [random_key(seed, index) for index in range(len(model.encoder))]
-            layers = [
-                layer_measures(*arguments, eps)
-                for arguments in zip(model.encoder, hidden[:-1], keys, strict=True)
+            measured = [
+                layer_measures(layer, x, key, eps)
+                for layer, x, key in zip(model.encoder, hidden[:-1], keys, strict=True)
             ]
-            measures = {
-                name: torch.stack([found[name] for found in layers], dim=1)
-                for name in layers[0]
-            }
-            between = [token_measures(x) for x in hidden]
-            measures |= {
-                name: torch.stack([found[name] for found in between], dim=1)
-                for name in between[0]
-            }
+            layers.append(gathered(measured, _columns))
+            between.append(gathered([token_measures(x) for x in hidden], _columns))
             if invertible:
-                measures |= inversion_measures(model, hidden, decoded)
-            for gathered, x in zip(pooled, hidden, strict=True):
-                gathered.add(F.layer_norm(x, x.shape[-1:]))
-            batches.append(
-                {name: value.cpu().double().numpy() for name, value in measures.items()}
-            )
-    arrays: dict[str, Any] = {
-        name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]
-    }
-    for stream in ("attended", "attended_after", "tokens", "compressed"):
-        arrays[stream] = Rates(
-            **{kind.name: arrays.pop(f"{stream}.{kind.name}") for kind in fields(Rates)}
-        )
-    for name, rank in (
-        ("participation", participation_ratio),
-        ("entropy", entropy_rank),
-    ):
-        arrays[f"pooled_{name}"] = np.array(
-            [float(rank(gathered.spectrum())) for gathered in pooled]
-        )
-    absent = {field.name: None for field in fields(LayerInspection)}
-    return LayerInspection(**{**absent, **arrays, "eps": eps, "mask_ratio": mask_ratio})
+                inversion.append(inversion_measures(model, hidden, decoded))
+            for pool, x in zip(pools, hidden, strict=True):
+                pool.add(F.layer_norm(x, x.shape[-1:]))
+    spectra = [pool.spectrum() for pool in pools]
+    return LayerInspection(
+        eps=eps,
+        mask_ratio=mask_ratio,
+        layers=cast(Any, gathered(layers, _rows)),
+        between=cast(Any, gathered(between, _rows)),
+        pooled=PooledRanks(
+            participation=np.array([float(participation_ratio(s)) for s in spectra]),
+            entropy=np.array([float(entropy_rank(s)) for s in spectra]),
+        ),
+        inversion=cast(Any, gathered(inversion, _rows)) if invertible else None,
+    )
 
 
 @torch.no_grad()
@@ -335,27 +282,23 @@ def partner_scores(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def summarize(inspection: LayerInspection | WeightInspection) -> dict[str, Any]:
     """An inspection ready for JSON: for arrays with a picture axis their ``mean`` and
-    ``std`` over pictures, other arrays as lists; rates under "tokens.total" and so on.
+    ``std`` over pictures, other arrays as lists; under dotted names, such as
+    "layers.tokens.total".
 
     Book: :ref:`ch-layer-by-layer`.
     """
-    summary: dict[str, Any] = {}
-    for field in fields(inspection):
-        value = getattr(inspection, field.name)
-        parts = (
-            {f".{kind.name}": getattr(value, kind.name) for kind in fields(Rates)}
-            if isinstance(value, Rates)
-            else {"": value}
-        )
-        for suffix, array in parts.items():
-            if isinstance(array, np.ndarray) and array.ndim > 1:
-                spread = array.std(axis=0, ddof=1 if len(array) > 1 else 0)
-                summary[field.name + suffix] = {
-                    "mean": array.mean(axis=0).tolist(),
-                    "std": spread.tolist(),
-                }
-            elif array is not None:
-                summary[field.name + suffix] = (
-                    array.tolist() if isinstance(array, np.ndarray) else array
-                )
-    return summary
+    return dict(_summaries("", inspection))
+
+
+def _summaries(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """The entries of :func:`summarize` under a name."""
+    if is_dataclass(value):
+        for field in fields(value):
+            yield from _summaries(
+                f"{name}.{field.name}".lstrip("."), getattr(value, field.name)
+            )
+    elif isinstance(value, np.ndarray) and value.ndim > 1:
+        spread = value.std(axis=0, ddof=1 if len(value) > 1 else 0)
+        yield name, {"mean": value.mean(axis=0).tolist(), "std": spread.tolist()}
+    elif value is not None:
+        yield name, value.tolist() if isinstance(value, np.ndarray) else value

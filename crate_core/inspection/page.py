@@ -7,13 +7,14 @@ no script and asks for nothing: pictures are inside it.
 Book: :ref:`ch-layer-by-layer`, :ref:`ch-tokens`, :ref:`ch-heads`.
 """
 
-import html
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 from crate_core.data.batches import some_pictures
 from crate_core.data.named import open_data
@@ -33,18 +34,6 @@ from crate_core.model.build import fresh_model
 from crate_core.model.config import FrameConfig
 from crate_core.records import atomic_write, device_name, provenance
 from crate_core.shapes import Images
-
-STYLE = """
-:root { color-scheme: light dark; }
-body { font: 16px/1.55 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { line-height: 1.2; } h2 { margin-top: 2.2rem; }
-img { max-width: 100%; height: auto; background: white; border-radius: 4px; }
-table { border-collapse: collapse; font-size: .85rem; } .wide { overflow-x: auto; }
-th, td { padding: .2rem .6rem; text-align: right; border-bottom: 1px solid rgba(128, 128, 128, .4); }
-th:first-child, td:first-child { text-align: left; }
-figure { margin: 1rem 0; } figcaption { font-size: .9rem; }
-summary { cursor: pointer; }
-"""
 
 
 def shipped_pictures(config: FrameConfig, count: int = 32) -> Images:
@@ -79,39 +68,21 @@ def shipped_pictures(config: FrameConfig, count: int = 32) -> Images:
 def render(
     title: str,
     facts: Sequence[tuple[str, str]],
-    thumbnails: str,
+    pictures: Figure,
     sections: Sequence[Section],
 ) -> str:
-    """The page."""
-
-    def table(rows: tuple[tuple[str, np.ndarray], ...]) -> str:
-        if not rows:
-            return ""
-        body = "".join(
-            f"<tr><td>{html.escape(name)}</td>{''.join(f'<td>{value:.3g}</td>' for value in values)}</tr>"
-            for name, values in rows
-        )
-        return f"<details><summary>Numbers, layer by layer</summary><div class=wide><table>{body}</table></div></details>"
-
-    parts = [
-        f"<section><h2>{html.escape(s.title)}</h2><p>{html.escape(s.how)}</p>"
-        f'<figure><img src="{s.figure}" alt="{html.escape(s.alt)}">'
-        f"<figcaption>{html.escape(s.found)}</figcaption></figure>{table(s.rows)}</section>"
-        for s in sections
-    ]
-    listed = "".join(
-        f"<tr><td>{html.escape(name)}</td><td>{html.escape(value)}</td></tr>"
-        for name, value in facts
+    """The page, from its template ``page.html.jinja``."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("crate_core.inspection", ""),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    return (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
-        f'content="width=device-width, initial-scale=1"><title>{html.escape(title)}</title>'
-        f"<style>{STYLE}</style></head><body><main><h1>{html.escape(title)}</h1>"
-        "<p>Blue with circles is this model, with the spread over pictures. Grey with triangles is the same network "
-        "<em>untrained</em>, with the range over seeds: what does not differ from it was not learned.</p>"
-        f"<div class=wide><table>{listed}</table></div>"
-        f'<figure><img src="{thumbnails}" alt="Some of the pictures that were measured on"></figure>'
-        f"{''.join(parts)}</main></body></html>\n"
+    environment.filters["png"] = figures.png
+    template = environment.get_template("page.html.jinja")
+    return template.render(
+        title=title, facts=facts, pictures=pictures, sections=sections
     )
 
 
@@ -171,11 +142,10 @@ def inspection_report(
         ("untrained controls", f"{len(seeds)} seeds"),
         *facts,
     ]
-    thumbnails = figures.picture_rows([("", images[: 2 * SHOWN])])
     return render(
         f"Inside {name}",
         described,
-        thumbnails,
+        figures.picture_rows([("", images[: 2 * SHOWN])]),
         [
             *sections,
             *readout_sections(model, controls, images),

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from crate_core.inspection import figures as figures
@@ -40,14 +41,14 @@ READOUT_PICTURES = 8
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page: its ``figure`` as a ``data:`` address with ``alt`` text, what
-    it says and how to read it.
+    """A part of the page: its ``figure`` with ``alt`` text, how to read it (``how``),
+    what was ``found``, and ``rows`` of numbers, one a layer.
     """
 
     title: str
     how: str
     found: str
-    figure: str
+    figure: Figure
     alt: str
     rows: tuple[tuple[str, np.ndarray], ...] = ()
 
@@ -60,11 +61,11 @@ def falls(values: np.ndarray) -> str:
     return f"falls in {int((changes < 0).sum())} of {len(changes)} steps from layer to layer"
 
 
-def _means(inspections: Sequence[LayerInspection], name: str) -> np.ndarray:
-    """Means over pictures of a measure, (inspections, layers)."""
-    return np.stack(
-        [getattr(inspection, name).mean(axis=0) for inspection in inspections]
-    )
+def _untrained(
+    controls: Sequence[LayerInspection], measure: figures.Measure
+) -> np.ndarray:
+    """A measure's mean over controls and pictures, (layers,)."""
+    return np.mean([measure(control).mean(axis=0) for control in controls], axis=0)
 
 
 def _steps_inside(weights: WeightInspection) -> str:
@@ -101,9 +102,9 @@ def layer_sections(
     is one, inversion.
     """
     untrained_rate = np.concatenate(
-        [control.attended.orthonormal for control in controls]
+        [control.layers.attended.orthonormal for control in controls]
     )
-    half_step = model.compressed.orthonormal - model.tokens.orthonormal
+    half_step = model.layers.compressed.orthonormal - model.layers.tokens.orthonormal
     sections = [
         Section(
             "Coding rates",
@@ -111,18 +112,21 @@ def layer_sections(
             f"root mean square norm one, error allowed per token {model.eps:g} of that norm. The theory: R^c falls "
             "from layer to layer, and each attention half-step lowers it. Falling R^c alone does not show denoising: "
             "tokens that are all alike have little of it too.",
-            f"R^c in the orthonormalised subspaces {falls(model.attended.orthonormal)}; untrained, it "
+            f"R^c in the orthonormalised subspaces {falls(model.layers.attended.orthonormal)}; untrained, it "
             f"{falls(untrained_rate)}. The half-step lowers R^c in {int((half_step.mean(axis=0) < 0).sum())} of "
             f"{half_step.shape[1]} layers.",
-            figures.rates(model, controls),
+            figures.rate_curves(model, controls),
             "Four line charts over layers, this model beside the untrained range: R, R^c, the change of R^c by the "
             "attention half-step, and the published measure.",
             (
-                ("R", model.attended.total.mean(axis=0)),
-                ("R^c, as learned", model.attended.learned.mean(axis=0)),
-                ("R^c, orthonormalised", model.attended.orthonormal.mean(axis=0)),
-                ("R^c, random subspaces", model.random_rate.mean(axis=0)),
-                ("R - R^c", model.attended.reduction.mean(axis=0)),
+                ("R", model.layers.attended.total.mean(axis=0)),
+                ("R^c, as learned", model.layers.attended.learned.mean(axis=0)),
+                (
+                    "R^c, orthonormalised",
+                    model.layers.attended.orthonormal.mean(axis=0),
+                ),
+                ("R^c, random subspaces", model.layers.random_rate.mean(axis=0)),
+                ("R - R^c", model.layers.attended.reduction.mean(axis=0)),
                 ("R^c, orthonormalised, untrained", untrained_rate.mean(axis=0)),
             ),
         ),
@@ -131,23 +135,24 @@ def layer_sections(
             "Share of nonzero entries, and two measures that do not depend on a threshold: Hoyer and Gini, 0 for equal "
             "entries and 1 for a single one. Dotted: entries drawn from a Gaussian. A ReLU alone makes about half the "
             "entries zero.",
-            f"After the last layer {model.nonzeros.mean(axis=0)[-1]:.0%} of the entries are nonzero, untrained "
-            f"{_means(controls, 'nonzeros').mean(axis=0)[-1]:.0%}; Gini {model.gini.mean(axis=0)[-1]:.2f}, untrained "
-            f"{_means(controls, 'gini').mean(axis=0)[-1]:.2f}.",
+            f"After the last layer {model.between.nonzeros.mean(axis=0)[-1]:.0%} of the entries are nonzero, untrained "
+            f"{_untrained(controls, lambda r: r.between.nonzeros)[-1]:.0%}; Gini {model.between.gini.mean(axis=0)[-1]:.2f}, untrained "
+            f"{_untrained(controls, lambda r: r.between.gini)[-1]:.2f}.",
             figures.between_layers(
                 model,
                 controls,
                 [
-                    ("share of nonzeros", "nonzeros"),
-                    ("Hoyer", "hoyer"),
-                    ("Gini", "gini"),
+                    ("share of nonzeros", lambda r: r.between.nonzeros),
+                    ("Hoyer", lambda r: r.between.hoyer),
+                    ("Gini", lambda r: r.between.gini),
                 ],
                 [1.0, 1 - math.sqrt(2 / math.pi), math.sqrt(2) - 1],
             ),
             "Three line charts over layers: share of nonzeros, Hoyer and Gini, this model beside the untrained range.",
-            tuple(
-                (name, getattr(model, name).mean(axis=0))
-                for name in ("nonzeros", "hoyer", "gini")
+            (
+                ("nonzeros", model.between.nonzeros.mean(axis=0)),
+                ("hoyer", model.between.hoyer.mean(axis=0)),
+                ("gini", model.between.gini.mean(axis=0)),
             ),
         ),
         Section(
@@ -177,23 +182,26 @@ def layer_sections(
             "Effective rank of the tokens",
             "How many directions the tokens of one picture use, about their mean: the participation ratio, and the "
             "exponential of the spectrum's entropy. On the right each token was standardised first.",
-            f"After the last layer {model.participation.mean(axis=0)[-1]:.1f} directions by the participation ratio, "
-            f"untrained {_means(controls, 'participation').mean(axis=0)[-1]:.1f}; all pictures pooled "
-            f"{model.pooled_participation[-1]:.1f}.",
+            f"After the last layer {model.between.participation.mean(axis=0)[-1]:.1f} directions by the participation ratio, "
+            f"untrained {_untrained(controls, lambda r: r.between.participation)[-1]:.1f}; all pictures pooled "
+            f"{model.pooled.participation[-1]:.1f}.",
             figures.between_layers(
                 model,
                 controls,
                 [
-                    ("participation ratio", "participation"),
-                    ("entropy rank", "entropy"),
-                    ("participation, standardised", "normed_participation"),
+                    ("participation ratio", lambda r: r.between.participation),
+                    ("entropy rank", lambda r: r.between.entropy),
+                    (
+                        "participation, standardised",
+                        lambda r: r.between.normed_participation,
+                    ),
                 ],
                 [None, None, None],
             ),
             "Three line charts over layers of the effective rank, this model beside the untrained range.",
             (
-                ("entropy rank", model.entropy.mean(axis=0)),
-                ("entropy rank, pictures pooled", model.pooled_entropy),
+                ("entropy rank", model.between.entropy.mean(axis=0)),
+                ("entropy rank, pictures pooled", model.pooled.entropy),
             ),
         ),
         Section(
@@ -202,40 +210,40 @@ def layer_sections(
             "gradient of R^c; the same with the token's own direction taken out of both, since shrinking explains part "
             "of any agreement; minus the part outside the strongest subspace; and the gradient in random subspaces, "
             "the control. 1 is what the derivation says, 0 is no relation.",
-            f"With the negative gradient: {model.step_gradient.mean():+.2f} on average over layers, in random "
-            f"subspaces {model.step_random.mean():+.2f}, untrained {_means(controls, 'step_gradient').mean():+.2f}.",
+            f"With the negative gradient: {model.layers.steps.gradient.mean():+.2f} on average over layers, in random "
+            f"subspaces {model.layers.steps.random.mean():+.2f}, untrained {_untrained(controls, lambda r: r.layers.steps.gradient).mean():+.2f}.",
             figures.steps(
                 model,
                 controls,
                 [
-                    ("negative gradient of R^c", "step_gradient"),
-                    ("the same beyond shrinking", "step_beyond"),
-                    ("towards the strongest subspace", "step_residual"),
-                    ("gradient, random subspaces", "step_random"),
+                    ("negative gradient of R^c", lambda r: r.layers.steps.gradient),
+                    ("the same beyond shrinking", lambda r: r.layers.steps.beyond),
+                    (
+                        "towards the strongest subspace",
+                        lambda r: r.layers.steps.residual,
+                    ),
+                    ("gradient, random subspaces", lambda r: r.layers.steps.random),
                 ],
             ),
             "Four line charts over layers of cosines between -1 and 1, this model beside the untrained range.",
-            tuple(
-                (name.removeprefix("step_"), getattr(model, name).mean(axis=0))
-                for name in (
-                    "step_gradient",
-                    "step_exact",
-                    "step_formula",
-                    "step_shrink",
-                    "step_swapped",
-                )
+            (
+                ("gradient", model.layers.steps.gradient.mean(axis=0)),
+                ("exact", model.layers.steps.exact.mean(axis=0)),
+                ("formula", model.layers.steps.formula.mean(axis=0)),
+                ("shrink", model.layers.steps.shrink.mean(axis=0)),
+                ("swapped", model.layers.steps.swapped.mean(axis=0)),
             ),
         ),
     ]
-    if model.inverse_centred is not None and model.path_similarity is not None:
+    if model.inversion is not None and controls[0].inversion is not None:
         sections.append(
             Section(
                 "Does the decoder invert the encoder?",
                 "Left pair: cosine (mean token taken out) between an encoder layer's input and what a decoder layer "
                 "makes of its output; partners stand on the rising diagonal, in bold. Right pair: how alike the tokens "
                 "on the decoder's own way are to those on the encoder's, whatever rotation lies between.",
-                _partners(model.inverse_centred),
-                figures.inversion(model, controls[0]),
+                _partners(model.inversion.centred),
+                figures.inversion(model.inversion, controls[0].inversion),
                 "Four heat maps with numbers, encoder layer against decoder layer, this model and untrained.",
             )
         )

@@ -3,7 +3,7 @@ and against a hand-made model.
 """
 
 import json
-from dataclasses import fields, replace
+from dataclasses import fields, is_dataclass, replace
 
 import numpy as np
 import pytest
@@ -18,9 +18,6 @@ from crate_core.inspection.layer_measures import (
     unit_tokens,
 )
 from crate_core.inspection.layers import (
-    LayerInspection,
-    Rates,
-    WeightInspection,
     inspect_layers,
     inspect_weights,
     partner_scores,
@@ -44,17 +41,15 @@ ABLATED = replace(TINY, separate_values=True, expansion=2, norm="none")
 PICTURES = torch.rand(5, 1, 8, 8, generator=torch.Generator().manual_seed(3))
 
 
-def arrays_of(inspection: LayerInspection | WeightInspection) -> dict[str, np.ndarray]:
+def arrays_of(inspection: object, name: str = "") -> dict[str, np.ndarray]:
     found = {}
     for field in fields(inspection):
         value = getattr(inspection, field.name)
-        if isinstance(value, Rates):
-            found |= {
-                f"{field.name}.{kind.name}": getattr(value, kind.name)
-                for kind in fields(Rates)
-            }
+        inner = f"{name}.{field.name}".lstrip(".")
+        if is_dataclass(value):
+            found |= arrays_of(value, inner)
         elif isinstance(value, np.ndarray):
-            found[field.name] = value
+            found[inner] = value
     return found
 
 
@@ -66,23 +61,13 @@ def test_every_array_has_its_shape_and_is_finite(config: FrameConfig) -> None:
     for mask_ratio in (0.0, 0.75):
         found = arrays_of(inspect_layers(model, PICTURES, mask_ratio=mask_ratio))
         depth = config.depth
-        between = {
-            "norms",
-            "nonzeros",
-            "hoyer",
-            "gini",
-            "participation",
-            "entropy",
-            "normed_participation",
-            "normed_entropy",
-        }
         for name, array in found.items():
             if name.startswith("pooled"):
                 expected: tuple[int, ...] = (depth + 1,)
-            elif name.startswith(("inverse", "path")):
+            elif name.startswith("inversion"):
                 expected = (5, depth, depth)
             else:
-                expected = (5, depth + (name in between))
+                expected = (5, depth + name.startswith("between"))
             assert array.shape == expected, name
             assert np.isfinite(array).all(), name
     assert all(
@@ -114,34 +99,38 @@ def test_measures_are_the_formulas_on_the_models_own_tokens() -> None:
         u, bases = block.compress(x[None])[0], block.attention.bases
         scale = x.square().sum(-1).mean().sqrt()
         np.testing.assert_allclose(
-            found.tokens.total[picture, layer], coding_rate(x / scale, eps), rtol=1e-4
+            found.layers.tokens.total[picture, layer],
+            coding_rate(x / scale, eps),
+            rtol=1e-4,
         )
         np.testing.assert_allclose(
-            found.compressed.learned[picture, layer],
+            found.layers.compressed.learned[picture, layer],
             subspace_coding_rate(u / scale, bases, eps),
             rtol=1e-4,
         )
         z = unit_tokens(block.norm_attention(x))
         orthonormal = torch.stack([torch.linalg.qr(basis).Q for basis in bases])
         np.testing.assert_allclose(
-            found.attended.orthonormal[picture, layer],
+            found.layers.attended.orthonormal[picture, layer],
             subspace_coding_rate(z, orthonormal, eps),
             rtol=1e-4,
         )
         output = out.hidden_states[layer + 1][picture]
         np.testing.assert_allclose(
-            found.hoyer[picture, layer + 1], hoyer(output).mean(), rtol=1e-4
+            found.between.hoyer[picture, layer + 1], hoyer(output).mean(), rtol=1e-4
         )
         np.testing.assert_allclose(
-            found.gini[picture, layer + 1], gini(output).mean(), rtol=1e-4
+            found.between.gini[picture, layer + 1], gini(output).mean(), rtol=1e-4
         )
         np.testing.assert_allclose(
-            found.nonzeros[picture, layer + 1], (output > 0).float().mean(), rtol=1e-4
+            found.between.nonzeros[picture, layer + 1],
+            (output > 0).float().mean(),
+            rtol=1e-4,
         )
         back = model.decoder[0](output[None])[0]
         cosine = F.cosine_similarity(back.flatten(), x.flatten(), dim=0)
         np.testing.assert_allclose(
-            found.inverse_cosine[picture, layer, 0], cosine, rtol=1e-3, atol=1e-5
+            found.inversion.cosine[picture, layer, 0], cosine, rtol=1e-3, atol=1e-5
         )
 
 
@@ -219,11 +208,13 @@ def test_a_shrinking_step_is_along_the_negative_gradient_and_its_controls_tell_w
     None
 ):
     found = inspect_layers(theory_model(), PICTURES)
-    assert (found.step_formula < -0.999).all()  # W_o is minus the formula's
-    assert (found.step_gradient > found.step_swapped).all()
+    assert (found.layers.steps.formula < -0.999).all()  # W_o is minus the formula's
+    assert (found.layers.steps.gradient > found.layers.steps.swapped).all()
     # Most of the agreement is plain shrinkage, which the control beside it shows.
-    assert (found.step_shrink > 0.5).all()
-    assert (found.compressed.learned < found.tokens.learned)[:, 1:].mean() > 0.5
+    assert (found.layers.steps.shrink > 0.5).all()
+    assert (found.layers.compressed.learned < found.layers.tokens.learned)[
+        :, 1:
+    ].mean() > 0.5
 
 
 def test_rate_in_random_subspaces_is_that_of_tokens_without_structure() -> None:
@@ -231,7 +222,9 @@ def test_rate_in_random_subspaces_is_that_of_tokens_without_structure() -> None:
     found = inspect_layers(model, PICTURES)
     # Random weights know nothing of the tokens: their subspaces are as good as any.
     np.testing.assert_allclose(
-        found.random_rate.mean(), found.attended.orthonormal.mean(), rtol=0.1
+        found.layers.random_rate.mean(),
+        found.layers.attended.orthonormal.mean(),
+        rtol=0.1,
     )
     # heads that read the directions which all tokens share: one head holds nearly all
     with torch.no_grad():
@@ -243,7 +236,9 @@ def test_rate_in_random_subspaces_is_that_of_tokens_without_structure() -> None:
             torch.linalg.svd(z, full_matrices=True).Vh
         )
     sorted_heads = inspect_layers(model, PICTURES)
-    assert (sorted_heads.attended.orthonormal < sorted_heads.random_rate).all()
+    assert (
+        sorted_heads.layers.attended.orthonormal < sorted_heads.layers.random_rate
+    ).all()
 
 
 def test_residual_direction_is_that_of_the_theorem_where_labels_are_known() -> None:
@@ -291,11 +286,15 @@ def test_rates_do_not_see_that_tokens_grow() -> None:
         model.positions.mul_(3)
     after = inspect_layers(model, PICTURES)
     np.testing.assert_allclose(
-        after.tokens.total[:, 0], before.tokens.total[:, 0], rtol=1e-4
+        after.layers.tokens.total[:, 0], before.layers.tokens.total[:, 0], rtol=1e-4
     )
-    np.testing.assert_allclose(after.norms[:, 0], 3 * before.norms[:, 0], rtol=1e-4)
+    np.testing.assert_allclose(
+        after.between.norms[:, 0], 3 * before.between.norms[:, 0], rtol=1e-4
+    )
     # in the units of x: a smaller step
-    assert (after.compressed.total[:, 0] != before.compressed.total[:, 0]).all()
+    assert (
+        after.layers.compressed.total[:, 0] != before.layers.compressed.total[:, 0]
+    ).all()
 
 
 # -- inversion
@@ -319,12 +318,12 @@ def test_a_decoder_layer_that_inverts_is_found_among_the_others() -> None:
         ).hidden_states
     model.decoder = nn.ModuleList(Inverse(x) for x in reversed(hidden[:-1]))
     found = inspect_layers(model, PICTURES)
-    partners, others = partner_scores(found.inverse_cosine)
+    partners, others = partner_scores(found.inversion.cosine)
     np.testing.assert_allclose(partners, 1.0, atol=1e-5)
     assert (others < 0.999).all()
-    scales, _ = partner_scores(found.inverse_scale)
+    scales, _ = partner_scores(found.inversion.scale)
     np.testing.assert_allclose(scales, 0.5, atol=1e-5)
-    partners, others = partner_scores(found.path_similarity)
+    partners, others = partner_scores(found.inversion.paths)
     np.testing.assert_allclose(partners, 1.0, atol=1e-5)
     assert (others < 0.9999).all()
 
@@ -347,8 +346,8 @@ def test_path_similarity_does_not_see_rotations() -> None:
         ).hidden_states
     model.decoder = nn.ModuleList(Turned(x) for x in reversed(hidden[:-1]))
     found = inspect_layers(model, PICTURES)
-    np.testing.assert_allclose(partner_scores(found.path_similarity)[0], 1.0, atol=1e-4)
-    assert (np.abs(partner_scores(found.inverse_cosine)[0]) < 0.9).all()
+    np.testing.assert_allclose(partner_scores(found.inversion.paths)[0], 1.0, atol=1e-4)
+    assert (np.abs(partner_scores(found.inversion.cosine)[0]) < 0.9).all()
 
 
 def test_partner_scores_pick_the_antidiagonal() -> None:
@@ -365,8 +364,7 @@ def test_the_baseline_has_no_inversion_and_no_dictionary() -> None:
     model = fresh_model(VIT, 0)
     found, weights = inspect_layers(model, PICTURES), inspect_weights(model)
     missing = (
-        found.inverse_cosine,
-        found.path_similarity,
+        found.inversion,
         weights.dictionary_norm,
         weights.eta,
         weights.partner_cosine,
@@ -381,18 +379,21 @@ def test_summary_is_json_with_means_and_spreads_over_pictures() -> None:
     found = inspect_layers(fresh_model(TINY, 0), PICTURES)
     summary = json.loads(json.dumps(summarize(found)))
     np.testing.assert_allclose(
-        summary["tokens.learned"]["mean"], found.tokens.learned.mean(axis=0)
+        summary["layers.tokens.learned"]["mean"],
+        found.layers.tokens.learned.mean(axis=0),
     )
-    np.testing.assert_allclose(summary["gini"]["std"], found.gini.std(axis=0, ddof=1))
+    np.testing.assert_allclose(
+        summary["between.gini"]["std"], found.between.gini.std(axis=0, ddof=1)
+    )
     assert summary["eps"] == 0.5
-    assert len(summary["pooled_entropy"]) == TINY.depth + 1
+    assert len(summary["pooled.entropy"]) == TINY.depth + 1
     one = summarize(inspect_layers(fresh_model(TINY, 0), PICTURES[:1]))
-    assert one["gini"]["std"] == [0.0] * (TINY.depth + 1)
+    assert one["between.gini"]["std"] == [0.0] * (TINY.depth + 1)
     weights = summarize(inspect_weights(fresh_model(VIT, 0)))
     assert "dictionary_norm" not in weights
     assert len(weights["coherence_max"]) == VIT.depth
-    assert found.tokens.reduction == pytest.approx(
-        found.tokens.total - found.tokens.orthonormal
+    assert found.layers.tokens.reduction == pytest.approx(
+        found.layers.tokens.total - found.layers.tokens.orthonormal
     )
 
 

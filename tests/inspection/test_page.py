@@ -7,15 +7,24 @@ import io
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
 from PIL import Image
 
 from crate_core.cli import main
+from crate_core.inspection.layers import inspect_layers, inspect_weights
 from crate_core.inspection.page import inspection_report, shipped_pictures
-from crate_core.inspection.sections import SHOWN, falls
+from crate_core.inspection.sections import (
+    SHOWN,
+    falls,
+    layer_sections,
+    picture_sections,
+    readout_sections,
+)
 from crate_core.model.build import fresh_model
 from crate_core.model.config import CrateMAEConfig, FrameConfig, ViTMAEConfig
 
@@ -263,3 +272,153 @@ def test_pictures_that_cannot_be_read_are_an_error_when_there_is_no_other(
         == 2
     )
     assert "none of 1 pictures can be read" in capsys.readouterr().err
+
+
+# -- what is drawn
+
+
+SEEDS = (0, 1)
+CURVES = {
+    "Coding rates": [
+        lambda r: r.layers.attended.total,
+        lambda r: r.layers.attended.orthonormal,
+        lambda r: r.layers.compressed.orthonormal - r.layers.tokens.orthonormal,
+        lambda r: r.layers.directions,
+    ],
+    "Sparsity": [
+        lambda r: r.between.nonzeros,
+        lambda r: r.between.hoyer,
+        lambda r: r.between.gini,
+    ],
+    "Effective rank of the tokens": [
+        lambda r: r.between.participation,
+        lambda r: r.between.entropy,
+        lambda r: r.between.normed_participation,
+    ],
+    "The attention step against the gradient": [
+        lambda r: r.layers.steps.gradient,
+        lambda r: r.layers.steps.beyond,
+        lambda r: r.layers.steps.residual,
+        lambda r: r.layers.steps.random,
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def healthy() -> SimpleNamespace:
+    """A model that differs from its controls in every measure, and what is drawn of
+    them.
+    """
+    model = fresh_model(DIGITS, 5)
+    with torch.no_grad():
+        for parameter in model.encoder.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape))
+    pictures = shipped_pictures(DIGITS, 8)
+    controls = [fresh_model(DIGITS, seed) for seed in SEEDS]
+    found, *others = (inspect_layers(one, pictures) for one in (model, *controls))
+    weights, *of_controls = (inspect_weights(one) for one in (model, *controls))
+    sections = layer_sections(found, others, weights, of_controls)
+    sections += readout_sections(model, controls, pictures)
+    sections += picture_sections(model, controls[0], pictures)
+    return SimpleNamespace(
+        found=found,
+        others=others,
+        weights=weights,
+        of_controls=of_controls,
+        sections={section.title: section for section in sections},
+    )
+
+
+def drawn(ax: Axes, label: str) -> np.ndarray:
+    """The heights of the one line of a panel that has this label (an errorbar keeps its
+    label on its container).
+    """
+    bars = {bar.get_label(): bar.lines[0] for bar in ax.containers}
+    lines = {line.get_label(): line for line in ax.get_lines()}
+    return np.asarray({**lines, **bars}[label].get_ydata())
+
+
+@pytest.mark.parametrize("title", CURVES)
+def test_curves_show_the_measures_of_their_own_network(
+    healthy: SimpleNamespace, title: str
+) -> None:
+    axes = healthy.sections[title].figure.axes
+    for ax, measure in zip(axes, CURVES[title], strict=True):
+        own = measure(healthy.found).mean(axis=0)
+        control = np.mean([measure(r).mean(axis=0) for r in healthy.others], axis=0)
+        assert not np.allclose(own, control, rtol=1e-3)
+        np.testing.assert_allclose(drawn(ax, "this model"), own)
+        np.testing.assert_allclose(drawn(ax, "untrained"), control)
+        (band,) = ax.collections[:1]
+        heights = band.get_paths()[0].vertices[:, 1]
+        ranges = [measure(r).mean(axis=0) for r in healthy.others]
+        assert heights.min() == pytest.approx(np.min(ranges))
+        assert heights.max() == pytest.approx(np.max(ranges))
+    assert axes[0].get_legend() is not None
+
+
+def test_weights_are_drawn_for_their_own_network(healthy: SimpleNamespace) -> None:
+    names = ("coherence_max", "basis_defect", "written_cosine", "dictionary_norm", "dictionary_defect")  # fmt: skip
+    axes = healthy.sections["Subspaces and dictionaries"].figure.axes
+    for ax, name in zip(axes, names, strict=True):
+        own = getattr(healthy.weights, name)
+        control = np.mean([getattr(w, name) for w in healthy.of_controls], axis=0)
+        assert not np.allclose(own, control, rtol=1e-3)
+        np.testing.assert_allclose(drawn(ax, "this model"), own)
+        np.testing.assert_allclose(drawn(ax, "untrained"), control)
+
+
+def test_inversion_shows_the_pairs_of_each_network(healthy: SimpleNamespace) -> None:
+    own, control = healthy.found.inversion, healthy.others[0].inversion
+    axes = healthy.sections["Does the decoder invert the encoder?"].figure.axes
+    pairs = (own.centred, control.centred, own.paths, control.paths)
+    for ax, matrix in zip(axes, pairs, strict=True):
+        shown = np.asarray(ax.get_images()[0].get_array())
+        np.testing.assert_allclose(shown, matrix.mean(axis=0))
+        written = [float(text.get_text()) for text in ax.texts]
+        np.testing.assert_allclose(written, matrix.mean(axis=0).ravel(), atol=0.005)
+    assert not np.allclose(own.centred, control.centred, atol=0.01)
+
+
+def test_numbers_of_a_healthy_model_are_finite_and_those_measured(
+    healthy: SimpleNamespace,
+) -> None:
+    rows = {
+        (title, name): values
+        for title, section in healthy.sections.items()
+        for name, values in section.rows
+    }
+    assert len(rows) > 15
+    for key, values in rows.items():
+        assert np.isfinite(values).all(), key
+    np.testing.assert_array_equal(
+        rows["Coding rates", "R^c, random subspaces"],
+        healthy.found.layers.random_rate.mean(axis=0),
+    )
+    np.testing.assert_array_equal(
+        rows["The attention step against the gradient", "shrink"],
+        healthy.found.layers.steps.shrink.mean(axis=0),
+    )
+    assert (
+        f"{healthy.found.between.nonzeros.mean(axis=0)[-1]:.0%} of the entries"
+        in healthy.sections["Sparsity"].found
+    )
+
+
+def test_what_is_read_of_removed_patches_is_drawn(healthy: SimpleNamespace) -> None:
+    (ax,) = healthy.sections["What the layers bring to removed patches"].figure.axes
+    model, untrained = drawn(ax, "this model"), drawn(ax, "untrained")
+    assert len(model) == len(untrained) == DIGITS.depth + 1
+    assert not np.allclose(model, untrained)
+
+
+def test_pictures_are_drawn(healthy: SimpleNamespace) -> None:
+    for title in ("Where the heads look", "Principal components of the tokens"):
+        shown = [
+            np.asarray(image.get_array())
+            for ax in healthy.sections[title].figure.axes
+            for image in ax.get_images()
+        ]
+        assert len(shown) >= 3 * SHOWN
+        assert all(np.isfinite(image).all() for image in shown)
+        assert all(np.ptp(image) > 0 for image in shown)
