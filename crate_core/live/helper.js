@@ -4,7 +4,7 @@
   "use strict";
   if (window.crateLive) return;
   const SVG = "http://www.w3.org/2000/svg";
-  const definitions = {}, started = [];
+  const definitions = {}, started = [], waiting = new WeakSet();
 
   /* ---- linear algebra: a matrix is an array of rows ---- */
 
@@ -202,6 +202,10 @@
       svg("clipPath", { id }, group));
     const inside = svg("g", { "clip-path": `url(#${id})` }, group);
     const style = (name, extra) => Object.assign({ stroke: colour(name), fill: "none" }, extra);
+    const place = (canvas, xs, ys, extra) => svg("image", Object.assign({
+      href: canvas.toDataURL(), x: Math.min(X(xs[0]), X(xs[1])), y: Math.min(Y(ys[0]), Y(ys[1])),
+      width: Math.abs(X(xs[1]) - X(xs[0])), height: Math.abs(Y(ys[1]) - Y(ys[0])),
+      preserveAspectRatio: "none", style: "image-rendering: pixelated" }, extra), inside);
     const panel = {
       area, X, Y, inside, group,
       toData: (px, py) => [back((px - area.x) / area.w, x0, x1, o.logx),
@@ -252,10 +256,19 @@
           pixels.data.set([r, g, b, Math.round(255 * Math.min(1, Math.max(0, v)))], 4 * (i * canvas.width + j));
         }));
         pen.putImageData(pixels, 0, 0);
-        const left = Math.min(X(xs[0]), X(xs[1])), above = Math.min(Y(ys[0]), Y(ys[1]));
-        return svg("image", Object.assign({ href: canvas.toDataURL(), x: left, y: above,
-          width: Math.abs(X(xs[1]) - X(xs[0])), height: Math.abs(Y(ys[1]) - Y(ys[0])),
-          preserveAspectRatio: "none", style: "image-rendering: pixelated" }, extra), inside);
+        return place(canvas, xs, ys, extra);
+      },
+      /* a square picture of bytes, three a pixel */
+      picture(bytes, side, xs, ys, extra) {
+        const canvas = document.createElement("canvas");
+        canvas.width = canvas.height = side;
+        const pen = canvas.getContext("2d"), pixels = pen.createImageData(side, side);
+        for (let i = 0; i < side * side; i++) {
+          for (let k = 0; k < 3; k++) pixels.data[4 * i + k] = bytes[3 * i + k];
+          pixels.data[4 * i + 3] = 255;
+        }
+        pen.putImageData(pixels, 0, 0);
+        return place(canvas, xs, ys, extra);
       },
       /* level lines of a grid of values, grid[i][j] at (xs[j], ys[i]) */
       contour(xs, ys, grid, levels, name, extra) {
@@ -361,6 +374,7 @@
 
     view.svg = plot;
     view.stage = stage;
+    view.form = form;
     view.set = change => {
       view.state = Object.assign({}, view.state, change);
       if (definition.changed) view.state = definition.changed(view.state, Object.keys(change), data) || view.state;
@@ -456,6 +470,7 @@
         const step = event.shiftKey ? 10 : 1;
         const by = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key];
         if (by) handle.nudge(by[0] * step, by[1] * step);
+        else if ((event.key === " " || event.key === "Enter") && handle.press) handle.press();
         else if (event.key === "PageDown" && handle.next) handle.next(1);
         else if (event.key === "PageUp" && handle.next) handle.next(-1);
         else return;
@@ -497,7 +512,14 @@
       for (const root of document.querySelectorAll("[data-live-figure]:not(.live-on)")) {
         const definition = definitions[root.dataset.liveFigure];
         const data = root.querySelector("script.live-data");
-        if (definition && data) started.push(new View(root, definition, JSON.parse(data.textContent)));
+        if (!definition || !data || waiting.has(root)) continue;
+        waiting.add(root);
+        const begin = () => started.push(new View(root, definition, JSON.parse(data.textContent)));
+        if (!definition.lazy || !window.IntersectionObserver) { begin(); continue; }
+        /* what costs much begins when the reader comes near */
+        new IntersectionObserver((entries, observer) => {
+          if (entries.some(entry => entry.isIntersecting)) { observer.disconnect(); begin(); }
+        }, { rootMargin: "600px" }).observe(root);
       }
     },
     view: name => started.filter(v => v.root.isConnected && v.root.dataset.liveFigure === name).pop(),

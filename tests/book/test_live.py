@@ -40,6 +40,11 @@ MOVED: dict[str, list[dict[str, Any]]] = {
         {"space": "plane", "tokens": 5, "moved": {"0": [1.5, -0.4], "3": [0.2, 0.9]}},
         {"space": "many", "tokens": 7, "moved": {"6": [0.3, 0.8]}},
     ],
+    "model": [
+        {"hidden": [i % 3 % 2 for i in range(64)], "patch": 5, "trained": False},
+        {"hidden": [0] * 64, "patch": 0, "head": "3", "layer": "2"},
+        {"hidden": [int(i > 20) for i in range(64)], "picture": "flower"},
+    ],
     "ista": [{"start": [-0.2, 0.5]}, {"start": [1.9, 1.7], "eta": 2.5}],
 }
 """States that only the plot itself can set: what was dragged."""
