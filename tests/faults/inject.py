@@ -16,25 +16,41 @@ edit of a chapter, of a test or of the faulted file only what depends on it runs
 
 import argparse
 import hashlib
+import importlib
 import json
+import multiprocessing
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import matplotlib
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "book" / "_ext"))
 
+import run_cells  # noqa: E402
 from claims import first_edition  # noqa: E402  # the book's extensions are no package
 from depcache import Package, direct_imports, is_notebook, page_code  # noqa: E402
-from faults import FAULTS, Fault  # noqa: E402  # beside this script
+from faults import FAULTS, Fault  # noqa: E402
 
+PRELOADED = [
+    *("torch", "numpy", "scipy.integrate", "scipy.special", "scipy.stats", "sympy"),
+    *(
+        "matplotlib.pyplot",
+        "IPython.display",
+        "sklearn.datasets",
+        "einops",
+        "jaxtyping",
+    ),
+    *("safetensors.torch", "hypothesis", "beartype", "myst_nb", "PIL.Image"),
+]
 STATE = ROOT / "_build" / "faults.json"
 HOME = {
     "theory/mixture.py": ["mixture", "denoising"],
@@ -102,46 +118,65 @@ def copy_of_repository() -> Iterator[Path]:
         yield copy
 
 
-def call(copy: Path, command: list[str], limit: float) -> tuple[int | None, str]:
-    """Run Python in the copy; its exit status (None: out of time) and what it said."""
-    try:
-        done = subprocess.run(
-            [sys.executable, *command],
-            cwd=copy / "book",
-            env=os.environ
-            | {
-                "PYTHONPATH": str(copy),
-                "PYTHONDONTWRITEBYTECODE": "1",
-                "OMP_NUM_THREADS": "1",
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=limit,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return None, ""
-    return done.returncode, done.stdout
+def preload() -> None:
+    """Import what chapters and tests import, but the package: a fork then starts at
+    once.
+    """
+    matplotlib.use("Agg")
+    for name in PRELOADED:
+        importlib.import_module(name)
+    assert "crate_core" not in sys.modules
+
+
+def call(copy: Path, work: Callable[[], None], limit: float) -> tuple[bool, str]:
+    """Do some work in a fork that imports the package from the copy; whether it ended in
+    time, and what it said.
+    """
+    said = copy / "said.txt"
+
+    def there() -> None:
+        with said.open("w", encoding="utf8") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+            sys.path[:] = [str(copy)] + [
+                path for path in sys.path if Path(path or ".").resolve() != ROOT
+            ]
+            os.chdir(copy / "book")
+            work()
+            sys.stdout.flush()
+
+    process = multiprocessing.get_context("fork").Process(target=there)
+    process.start()
+    process.join(limit)
+    in_time = not process.is_alive()
+    if not in_time:
+        process.kill()
+        process.join()
+    return in_time, said.read_text(encoding="utf8")
 
 
 def run_tests(copy: Path, file: str, limit: float) -> dict[str, Any]:
     """The first unit test of a file that fails, if one does."""
-    command = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--no-header"]
+    options = ["-q", "-x", "-p", "no:cacheprovider", "--rootdir", str(copy)]
     paths = [str(copy / path) for path in tests_of(file)]
-    status, said = call(copy, [*command, "--rootdir", str(copy), *paths], limit)
+    in_time, said = call(copy, lambda: pytest.main([*options, *paths]) and None, limit)
     failed = re.findall(r"(?m)^(?:FAILED|ERROR) (\S+)", said)
-    return {"passed": status == 0, "in_time": status is not None, "failed": failed[:1]}
+    passed = bool(re.search(r"(?m)^\d+ passed", said)) and not failed
+    return {"passed": passed, "in_time": in_time, "failed": failed[:1]}
 
 
 def run_chapter(copy: Path, name: str, limit: float) -> dict[str, Any]:
     """What became of a chapter's claims; see run_cells.py."""
     out = copy / "outcome.json"
     out.unlink(missing_ok=True)
-    script = str(copy / "tests" / "faults" / "run_cells.py")
-    status, said = call(copy, [script, f"{name}.md", str(out)], limit)
+
+    def work() -> None:
+        outcome = run_cells.run(copy / "book" / f"{name}.md")
+        out.write_text(json.dumps(outcome), encoding="utf8")
+
+    in_time, said = call(copy, work, limit)
     if not out.is_file():
-        why = "out of time" if status is None else said[-300:]
+        why = said[-300:] if in_time else "out of time"
         return {"claims": {}, "errors": [why], "seconds": limit}
     return json.loads(out.read_text(encoding="utf8"))
 
@@ -295,6 +330,7 @@ def main() -> None:
             for fault in FAULTS
             if not options.only or any(word in fault.name for word in options.only)
         ]
+        preload()
         with copy_of_repository() as copy:
             for number, fault in enumerate(chosen, start=1):
                 injection.try_fault(copy, fault, options.every)
