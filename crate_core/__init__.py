@@ -8,6 +8,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from crate_core.data.named import open_data as open_data
+    from crate_core.evaluation.evaluate import evaluate as evaluate
+    from crate_core.evaluation.finetune import FinetuneConfig as FinetuneConfig
+    from crate_core.evaluation.finetune import finetune as finetune
     from crate_core.model.attention import MSSA as MSSA
     from crate_core.model.attention import attend as attend
     from crate_core.model.attention import attention_weights as attention_weights
@@ -16,8 +20,10 @@ if TYPE_CHECKING:
     from crate_core.model.attention import mssa_step as mssa_step
     from crate_core.model.autoencoder import CrateMAEOutput as CrateMAEOutput
     from crate_core.model.autoencoder import Reconstruction as Reconstruction
+    from crate_core.model.build import load_model as load_model
     from crate_core.model.config import PRESETS as PRESETS
     from crate_core.model.config import CrateMAEConfig as CrateMAEConfig
+    from crate_core.model.config import ViTMAEConfig as ViTMAEConfig
     from crate_core.model.crate import CrateMAE as CrateMAE
     from crate_core.model.layers import DecoderLayer as DecoderLayer
     from crate_core.model.layers import EncoderLayer as EncoderLayer
@@ -29,6 +35,7 @@ if TYPE_CHECKING:
     from crate_core.model.sparsify import ista as ista
     from crate_core.model.sparsify import lasso_objective as lasso_objective
     from crate_core.model.sparsify import proximal_step as proximal_step
+    from crate_core.model.vit import ViTMAE as ViTMAE
     from crate_core.theory.denoise import add_noise as add_noise
     from crate_core.theory.denoise import noise_left as noise_left
     from crate_core.theory.denoise import project as project
@@ -60,20 +67,10 @@ if TYPE_CHECKING:
     from crate_core.theory.rate import (
         subspace_coding_rate_grad as subspace_coding_rate_grad,
     )
+    from crate_core.training.pretrain import pretrain as pretrain
+    from crate_core.training.recipe import PretrainConfig as PretrainConfig
 
 EXPORTS = {
-    "model.attention": (
-        "MSSA",
-        "attend",
-        "attention_weights",
-        "exact_mssa",
-        "mssa",
-        "mssa_step",
-    ),
-    "model.config": (
-        "PRESETS",
-        "CrateMAEConfig",
-    ),
     "theory.denoise": (
         "add_noise",
         "noise_left",
@@ -94,26 +91,11 @@ EXPORTS = {
         "denoising_cosine",
         "denoising_cosine_law",
     ),
-    "model.layers": (
-        "DecoderLayer",
-        "EncoderLayer",
-    ),
     "theory.mixture": (
         "LowRankGaussianMixture",
         "MixtureSample",
         "coherence",
         "random_bases",
-    ),
-    "model.crate": ("CrateMAE",),
-    "model.autoencoder": (
-        "CrateMAEOutput",
-        "Reconstruction",
-    ),
-    "model.patches": (
-        "patchify",
-        "random_masking",
-        "sincos_positions",
-        "unpatchify",
     ),
     "theory.rate": (
         "class_coding_rate",
@@ -124,6 +106,35 @@ EXPORTS = {
         "subspace_coding_rate",
         "subspace_coding_rate_grad",
     ),
+    "model.attention": (
+        "MSSA",
+        "attend",
+        "attention_weights",
+        "exact_mssa",
+        "mssa",
+        "mssa_step",
+    ),
+    "model.autoencoder": (
+        "CrateMAEOutput",
+        "Reconstruction",
+    ),
+    "model.build": ("load_model",),
+    "model.config": (
+        "PRESETS",
+        "CrateMAEConfig",
+        "ViTMAEConfig",
+    ),
+    "model.crate": ("CrateMAE",),
+    "model.layers": (
+        "DecoderLayer",
+        "EncoderLayer",
+    ),
+    "model.patches": (
+        "patchify",
+        "random_masking",
+        "sincos_positions",
+        "unpatchify",
+    ),
     "model.sparsify": (
         "ISTA",
         "ista",
@@ -131,23 +142,47 @@ EXPORTS = {
         "proximal_step",
     ),
 }
-"""The names above by module, for when the program runs; a test holds the two equal."""
+"""Names by module, for when the program runs; a test holds them equal to the above."""
+
+TRAIN_EXPORTS = {
+    "model.vit": ("ViTMAE",),
+    "data.named": ("open_data",),
+    "training.pretrain": ("pretrain",),
+    "training.recipe": ("PretrainConfig",),
+    "evaluation.evaluate": ("evaluate",),
+    "evaluation.finetune": (
+        "FinetuneConfig",
+        "finetune",
+    ),
+}
+"""Those that need the [train] extra; ``from crate_core import *`` leaves them out."""
 
 FOLDERS = ("theory", "model", "data", "training", "evaluation", "inspection")
 
-FOLDERS = ("theory", "model", "data", "training", "evaluation", "inspection")
-
-_MODULE_OF = {name: module for module, names in EXPORTS.items() for name in names}
-__all__ = sorted(_MODULE_OF)
+_MODULE_OF = {
+    name: module
+    for exports in (EXPORTS, TRAIN_EXPORTS)
+    for module, names in exports.items()
+    for name in names
+}
+__all__ = sorted(name for names in EXPORTS.values() for name in names)
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULE_OF:
-        value = getattr(import_module(f"crate_core.{_MODULE_OF[name]}"), name)
-    elif name in FOLDERS:  # crate_core.theory, without an import of its own
+    if name in FOLDERS:  # crate_core.theory, without an import of its own
         return import_module(f"crate_core.{name}")
-    else:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'crate_core' has no attribute {name!r}")
+    module = _MODULE_OF[name]
+    try:
+        value = getattr(import_module(f"crate_core.{module}"), name)
+    except ModuleNotFoundError as error:
+        if module not in TRAIN_EXPORTS:
+            raise
+        raise ImportError(
+            f"crate_core.{name} needs {error.name}, which is not installed: "
+            "pip install 'crate-core[train]'"
+        ) from error
     globals()[name] = value
     return value
 

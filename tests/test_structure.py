@@ -91,17 +91,18 @@ def test_init_only_reexports_explicitly() -> None:
     import crate_core
 
     explicit = explicit_reexports()
-    assert {
-        name: f"crate_core.{m}"
-        for m, names in crate_core.EXPORTS.items()
+    named = {
+        name: f"crate_core.{module}"
+        for exports in (crate_core.EXPORTS, crate_core.TRAIN_EXPORTS)
+        for module, names in exports.items()
         for name in names
-    } == explicit
-    assert crate_core.__all__ == sorted(explicit)
+    }
+    assert named == explicit
     for name, module in explicit.items():
         assert getattr(crate_core, name) is getattr(
             importlib.import_module(module), name
         )
-    assert {*explicit, "EXPORTS"} <= set(dir(crate_core))
+    assert {*explicit, *crate_core.FOLDERS} <= set(dir(crate_core))
 
 
 def test_the_package_refuses_names_that_it_does_not_have() -> None:
@@ -129,10 +130,30 @@ def loaded_after(code: str, wanted: list[str]) -> list[str]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_a_star_import_brings_all_names() -> None:
+def test_a_star_import_brings_all_names_that_need_no_extra() -> None:
+    import crate_core
+
     names: dict[str, object] = {}
     exec("from crate_core import *", names)
-    assert set(explicit_reexports()) <= set(names)
+    extra = {name for names in crate_core.TRAIN_EXPORTS.values() for name in names}
+    assert set(explicit_reexports()) - extra == set(names) - {"__builtins__"}
+
+
+def test_a_missing_extra_is_named() -> None:
+    code = """
+import sys
+sys.modules["timm"] = None  # as if it were not installed
+import crate_core
+try:
+    crate_core.ViTMAE
+except ImportError as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
+    )
+    assert "crate_core.ViTMAE needs timm" in done.stdout, done.stderr
+    assert "crate-core[train]" in done.stdout
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -168,8 +189,26 @@ def test_the_command_line_answers_without_torch() -> None:
 def test_fixed_names_are_exported() -> None:
     import crate_core
 
-    names = ["LowRankGaussianMixture", "coding_rate", "subspace_coding_rate", "subspace_coding_rate_grad",
-             "structured_flow", "exact_structured_flow", "mssa", "ista", "CrateMAE", "CrateMAEConfig"]  # fmt: skip
+    names = [
+        "LowRankGaussianMixture",
+        "coding_rate",
+        "subspace_coding_rate",
+        "subspace_coding_rate_grad",
+        "structured_flow",
+        "exact_structured_flow",
+        "mssa",
+        "ista",
+        "CrateMAE",
+        "CrateMAEConfig",
+        "ViTMAE",
+        "load_model",
+        "open_data",
+        "PretrainConfig",
+        "pretrain",
+        "FinetuneConfig",
+        "finetune",
+        "evaluate",
+    ]
     assert [name for name in names if not hasattr(crate_core, name)] == []
 
 

@@ -181,6 +181,8 @@ def inspect_layers(
                 pictures, mask_ratio, noise[rows].to(device), output_hidden_states=True
             )
             hidden, decoded = out.hidden_states, out.decoder_hidden_states
+            assert hidden is not None  # asked for
+            assert decoded is not None
             measured = [
                 layer_measures(layer, x, key, eps)
                 for layer, x, key in zip(model.encoder, hidden[:-1], keys, strict=True)

@@ -65,6 +65,7 @@ def linear_readout(
         noise = evaluation_noise(seed, len(fitted) + len(tested), length)
         pictures = model.standardize(torch.cat([fitted, tested]).to(device))
         out = model(pictures, mask_ratio, noise.to(device), output_hidden_states=True)
+        assert out.hidden_states is not None  # asked for
     if not bool((out.mask > 0).any()):
         raise ValueError(f"mask_ratio={mask_ratio} removes no patch of {length}")
     pixels, first = (

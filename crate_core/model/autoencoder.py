@@ -12,7 +12,15 @@ Book: :ref:`ch-crate-mae`.
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, cast
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Generic,
+    Literal,
+    Protocol,
+    TypeVar,
+    overload,
+)
 
 import torch
 from torch import Tensor, nn
@@ -90,6 +98,22 @@ class FrameLayer(Protocol):
     def attention_weights(self, x: Tokens) -> AttentionWeights: ...
 
 
+Layer = TypeVar("Layer", bound=nn.Module)
+
+
+class Layers(nn.ModuleList, Generic[Layer]):
+    """A ``ModuleList`` of layers of one class, which type checkers know."""
+
+    if TYPE_CHECKING:
+
+        @overload  # type: ignore[override]
+        def __getitem__(self, idx: slice) -> "Layers[Layer]": ...
+        @overload
+        def __getitem__(self, idx: int) -> Layer: ...
+        def __getitem__(self, idx: int | slice) -> Any: ...
+        def __iter__(self) -> Iterator[Layer]: ...
+
+
 Visit = Callable[[int, Tensor, Tensor], None]
 """Gets the number of a layer, its input and its output."""
 
@@ -130,6 +154,19 @@ class MaskedAutoencoder(SavedModel):
     """
 
     positions: Tensor
+    encoder: Layers[Any]
+    decoder: Layers[Any]
+
+    if TYPE_CHECKING:  # nn.Module hides the types of forward
+
+        def __call__(
+            self,
+            images: Images,
+            mask_ratio: float = 0.75,
+            noise: PatchNoise | None = None,
+            output_hidden_states: bool = False,
+            output_attentions: bool = False,
+        ) -> CrateMAEOutput: ...
 
     def __init__(
         self,
@@ -149,9 +186,9 @@ class MaskedAutoencoder(SavedModel):
         self.register_buffer(
             "positions", sincos_positions(config.dim, config.grid), persistent=False
         )
-        self.encoder = nn.ModuleList(encoder)
+        self.encoder = Layers(encoder)
         self.encoder_norm = nn.LayerNorm(config.dim, eps=END_NORM_EPS)
-        self.decoder = nn.ModuleList(decoder)
+        self.decoder = Layers(decoder)
         self.decoder_norm = nn.LayerNorm(decoder_dim, eps=END_NORM_EPS)
         self.prediction = nn.Linear(decoder_dim, patch_pixels)
         nn.init.normal_(self.class_token, std=0.02)
@@ -464,7 +501,7 @@ class MaskedAutoencoder(SavedModel):
 
         def keep_encoder(index: int, before: Tensor, after: Tensor) -> None:
             if output_attentions:
-                layer = cast(FrameLayer, self.encoder[index])
+                layer = self.encoder[index]
                 attentions.append(layer.attention_weights(before))
             if output_hidden_states:
                 hidden_states.append(after)

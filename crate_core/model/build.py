@@ -41,19 +41,29 @@ def fresh_model(config: FrameConfig, seed: int) -> MaskedAutoencoder:
         return build_model(config)
 
 
-def load_model(name: str | Path) -> MaskedAutoencoder:
+def load_model(name: str | Path | MaskedAutoencoder) -> MaskedAutoencoder:
     """A saved model of either architecture, from a directory, a bundled name or a
-    Hugging Face Hub id.
+    Hugging Face Hub id; a model is returned as it is.
 
     Raises
     ------
     FileNotFoundError
         If it is none of these, or a file is missing.
-    ValueError If the directory holds another architecture or the weights do not fit the
+    TypeError
+        For anything but a name, a path or a model.
+    ValueError
+        If the directory holds another architecture or the weights do not fit the
         configuration.
 
     Book: :ref:`ch-comparison`.
     """
+    if isinstance(name, MaskedAutoencoder):
+        return name
+    if not isinstance(name, str | Path):
+        raise TypeError(
+            "a model is loaded from a directory, a bundled name or a Hub id, "
+            f"got {type(name).__name__}"
+        )
     directory = resolve_directory(name)
     return architecture(config_from_dict(read_config(directory))).from_pretrained(
         directory

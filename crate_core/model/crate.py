@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from crate_core.model.autoencoder import MaskedAutoencoder
+from crate_core.model.autoencoder import Layers, MaskedAutoencoder
 from crate_core.model.config import CrateMAEConfig
 from crate_core.model.files import load_weights, unwrap_state_dict
 from crate_core.model.layers import DecoderLayer, EncoderLayer
@@ -41,6 +41,8 @@ class CrateMAE(MaskedAutoencoder):
 
     config_class: ClassVar[type[CrateMAEConfig]] = CrateMAEConfig
     config: CrateMAEConfig
+    encoder: Layers[EncoderLayer]
+    decoder: Layers[DecoderLayer]
 
     def __init__(self, config: CrateMAEConfig) -> None:
         super().__init__(

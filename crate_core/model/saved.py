@@ -40,7 +40,7 @@ A masked autoencoder of type `{{ model_type }}`, written by `crate_core`; the fi
 {% endfor %}
 
 ```python
-from crate_core.model.build import load_model
+from crate_core import load_model
 
 model = load_model("{{ repo_id }}")
 features = model.forward_features(model.standardize(images))  # (B, 1 + L, d), the class token first

@@ -14,7 +14,7 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from crate_core.model.autoencoder import MaskedAutoencoder
+from crate_core.model.autoencoder import Layers, MaskedAutoencoder
 from crate_core.model.config import ViTMAEConfig
 from crate_core.model.patches import sincos_positions
 from crate_core.shapes import AttentionWeights, PatchOrder, Tokens
@@ -64,6 +64,8 @@ class ViTMAE(MaskedAutoencoder):
 
     config_class: ClassVar[type[ViTMAEConfig]] = ViTMAEConfig
     config: ViTMAEConfig
+    encoder: Layers[ViTBlock]
+    decoder: Layers[ViTBlock]
     decoder_positions: Tensor
 
     def __init__(self, config: ViTMAEConfig) -> None:
