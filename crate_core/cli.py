@@ -8,6 +8,7 @@ Book: :ref:`ch-first-training`.
 
 import contextlib
 import io
+import os
 import re
 import shlex
 import sys
@@ -15,9 +16,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from crate_core.options import Convert, Data, Evaluate, Inspect, Reconstruct
+from crate_core.options import Convert, Data, Evaluate, Inspect, Preset, Reconstruct
 
 Command = TypeVar("Command")
+
+TRY_AGAIN = 75
+"""Exit code of a run that a signal ended after a step: EX_TEMPFAIL of sysexits.h."""
+
+SPIN_COUNT = "1000"
+"""Rounds that a thread of the GNU OpenMP library waits for others before it sleeps."""
 
 MOST_PICTURES = 64
 """Pictures in one figure of reconstructions: more take minutes to draw."""
@@ -92,17 +99,6 @@ def box_text(box: str) -> str:
     return " ".join(paragraph) or " ".join(text.split())
 
 
-def option(arguments: Sequence[str], name: str) -> str | None:
-    """The last value of ``--name VALUE`` or ``--name=VALUE``, or ``None``."""
-    found = None
-    for i, argument in enumerate(arguments):
-        if argument == f"--{name}" and i + 1 < len(arguments):
-            found = arguments[i + 1]
-        elif argument.startswith(f"--{name}="):
-            found = argument.partition("=")[2]
-    return found
-
-
 def pick_device(device: str) -> str:
     """``auto`` as the best device there is; ``ValueError`` if the one asked for is not
     there.
@@ -125,10 +121,16 @@ def pick_device(device: str) -> str:
 
 def run_pretrain(arguments: Sequence[str], command: str) -> None:
     """``crate pretrain``."""
+    import tyro
+
     from crate_core.training.recipe import PretrainConfig
 
-    default = PretrainConfig.from_preset(option(arguments, "preset") or "digits")
-    config = parse(PretrainConfig, "pretrain", arguments, default)
+    # The preset comes first, as the other options' defaults are its; tyro's overridable
+    # configurations would make it a subcommand instead of an option.
+    given, _ = tyro.cli(
+        Preset, args=list(arguments), return_unknown_args=True, add_help=False
+    )
+    config = parse(PretrainConfig, "pretrain", arguments, PretrainConfig(given.preset))
     from crate_core.training.pretrain import pretrain
 
     pretrain(config, command=command)
@@ -311,8 +313,12 @@ COMMANDS: dict[str, Callable[[Sequence[str], str], None]] = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0 done, 1 failed on its way, 2 bad
-    input, 130 interrupted.
+    input, 75 ended by a signal and to be started again, 130 interrupted.
     """
+    # Before torch is loaded. Threads that wait for each other give up their core after
+    # some thousand rounds: no slower alone, and other processes are not starved.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
     given = list(sys.argv[1:] if arguments is None else arguments)
     # Names of files that a console cannot print are no reason to fail, and a log in a
     # file is read while it is written.
@@ -347,6 +353,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     except ArithmeticError as error:
         return fail(f"crate {name}: {error}", 1)
+    except RuntimeError as error:
+        if type(error).__name__ != "TrainingStoppedError":
+            raise
+        return fail(f"crate {name}: {error}", TRY_AGAIN)
     except (ValueError, OSError) as error:
         return fail(
             f"crate {name}: error: {error}",

@@ -11,6 +11,15 @@ Device = Literal["auto", "cpu", "cuda", "mps"]
 
 
 @dataclass(frozen=True)
+class Preset:
+    """The recipe of a pretraining run, on which the defaults of its other options
+    depend.
+    """
+
+    preset: str = "digits"
+
+
+@dataclass(frozen=True)
 class Evaluate:
     """Linear probes, nearest neighbours and fine-tuning of a checkpoint beside their
     controls, and reconstruction.

@@ -13,9 +13,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from crate_core.cli import COMMANDS, box_text, main, option, pick_device
+from crate_core.cli import COMMANDS, box_text, main, pick_device
 from crate_core.model.config import CrateMAEConfig
 from crate_core.model.crate import CrateMAE
+from crate_core.training.recipe import PretrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = CrateMAEConfig.preset("digits", dim=16, depth=1, heads=2)
@@ -322,10 +323,20 @@ def test_the_installed_entry_is_this_function() -> None:
     )
 
 
-def test_options_are_found_in_both_forms() -> None:
-    assert option(["--preset", "a", "--seed", "1"], "preset") == "a"
-    assert option(["--preset=a", "--preset=b"], "preset") == "b"
-    assert option(["--presets", "a", "--preset"], "preset") is None
+def test_the_preset_is_found_in_both_forms(monkeypatch: pytest.MonkeyPatch) -> None:
+    import crate_core.training.pretrain as training
+
+    seen: list[PretrainConfig] = []
+    monkeypatch.setattr(
+        training, "pretrain", lambda config, command: seen.append(config)
+    )
+    for arguments in (
+        ["--preset", "cifar10", "--seed", "1"],
+        ["--seed=1", "--preset=cifar10"],
+        ["--preset", "digits", "--seed", "1", "--preset", "cifar10"],
+    ):
+        assert main(["pretrain", *arguments]) == 0
+    assert seen == [PretrainConfig("cifar10", seed=1)] * 3
 
 
 def test_a_box_becomes_its_first_paragraph() -> None:

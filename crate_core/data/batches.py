@@ -14,6 +14,7 @@ number of loader processes or devices.
 Book: :ref:`ch-first-training`.
 """
 
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -257,6 +258,16 @@ def as_is(batch: Any) -> Any:
     return batch
 
 
+def undisturbed(worker: int) -> None:
+    """Signals that end a run after its step reach its loader processes too, which have
+    to go on until then.
+    """
+    del worker
+    for name in ("SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
 def loader(
     dataset: Dataset[Batch],
     batches: Iterable[list[Any]],
@@ -273,6 +284,7 @@ def loader(
         # the loader draws a seed for its workers; not from the global state
         generator=torch.Generator(),
         persistent_workers=False,
+        worker_init_fn=undisturbed,
     )
 
 

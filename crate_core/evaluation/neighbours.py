@@ -8,6 +8,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from crate_core.data.sources import ImageData, SelectedImages
+from crate_core.evaluation.probe import encode
+from crate_core.model.autoencoder import MaskedAutoencoder
+
 NEIGHBOURS = 20
 """How many neighbours vote; fixed beforehand, as a choice on held-out pictures would
 not be one.
@@ -96,6 +100,29 @@ def neighbour_accuracy(
         train, train_labels, test, int(train_labels.max()) + 1, neighbours, temperature
     )
     return float((votes.argmax(axis=1) == test_labels).mean())
+
+
+def held_out_neighbours(
+    model: MaskedAutoencoder, data: ImageData, most: int = 20_000
+) -> dict[str, float]:
+    """What a pretraining run's ``evaluators`` may name: the share of held-out pictures
+    that neighbours among training pictures classify by their class tokens.
+
+    At most ``most`` pictures of each part are encoded, spread evenly.  ``ValueError``
+    if the pictures have no labels.
+    """
+    parts = []
+    for source in (data.train, data.held_out):
+        if source.labels is None:
+            raise ValueError("neighbours vote for labels; these pictures have none")
+        chosen = np.linspace(0, len(source) - 1, min(most, len(source)))
+        parts.append(encode(model, SelectedImages(source, chosen.round().astype(int))))
+    train, held_out = parts
+    return {
+        "neighbours": neighbour_accuracy(
+            train.class_token, train.labels, held_out.class_token, held_out.labels
+        )
+    }
 
 
 def neighbour_judge(

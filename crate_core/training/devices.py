@@ -61,6 +61,29 @@ def make_accelerator(config: PretrainConfig) -> Accelerator:
     return accelerator
 
 
+def company(threads: int | None = None) -> str | None:
+    """A line that says so where other processes want this machine's cores too, else
+    ``None``: the load of the last minute and ``threads`` of our own are more than there
+    are cores.
+    """
+    if not hasattr(os, "getloadavg"):  # Windows
+        return None
+    others = os.getloadavg()[0]
+    threads = torch.get_num_threads() if threads is None else threads
+    cores = (
+        len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count() or 1
+    )
+    if others < 0.5 or others + threads <= cores + 0.5:
+        return None
+    return (
+        f"this machine is busy: {others:.1f} processes ran on its {cores} cores in the "
+        f"last minute, and this one wants {threads} more; it will be slow. "
+        "OMP_NUM_THREADS=1 often costs least then"
+    )
+
+
 def check_compiler(device: torch.device) -> None:
     """``ValueError`` if ``torch.compile`` would find no C++ compiler, which it needs on
     a CPU.

@@ -9,9 +9,10 @@ the uncut run.
 Book: :ref:`ch-first-training`, :ref:`ch-pretraining`.
 """
 
+import importlib
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ from crate_core.shapes import Pictures
 from crate_core.training.devices import (
     check_compiler,
     clip_gradient,
+    company,
     distribute,
     gradient_sync,
     load_optimizer_state,
@@ -58,18 +60,23 @@ from crate_core.training.progress import Progress
 from crate_core.training.recipe import Plan, PretrainConfig
 from crate_core.training.run_directory import (
     PICTURES_FILE,
+    STOPPED_FILE,
     SUMMARY_FILE,
     PretrainResult,
     RunDirectory,
+    branch_of,
     describe,
     result_of,
 )
+from crate_core.training.signals import StopSignals, TrainingStoppedError
 from crate_core.training.yardsticks import (
     TrivialLoss,
     held_out_loss,
     save_reconstructions,
     trivial_loss,
 )
+
+Evaluator = Callable[[MaskedAutoencoder, ImageData], Mapping[str, float]]
 
 PICTURES_SHOWN = 8
 """Held-out pictures in a figure of reconstructions."""
@@ -112,6 +119,8 @@ def pretrain(
         If the data is not there.
     TrainingDivergedError
         If the loss or the gradient is no longer finite.
+    TrainingStoppedError
+        If SIGTERM or SIGUSR1 came: the step was finished and a checkpoint written.
     CheckpointError If a checkpoint cannot be saved; the previous one is kept, and the
         same call continues from it.
 
@@ -133,7 +142,7 @@ def pretrain(
         )
     for line in understood(data):
         say(line)
-    run = RunDirectory(config.output_dir)
+    run, plan = RunDirectory(config.output_dir), Plan(config, len(data.train))
     try:
         if main:
             start = {
@@ -141,9 +150,21 @@ def pretrain(
                 "started_from": relative_directory(run.path),
             }
             identity = {**config.identity(), **data_identity(data)}
+            branch = None
+            if config.branch_from is not None and run.latest() is None:
+                branch = branch_of(config.branch_from, identity)
+                if branch.checkpoint.step >= plan.steps:
+                    raise ValueError(
+                        f"branch_from: step {branch.checkpoint.step:,} of that run is "
+                        f"not before the end of this one, {plan.steps:,} steps"
+                    )
+                start["branched_from"] = branch.to_dict()
             run.claim(identity, config.to_dict(), start)
+            if branch is not None:
+                run.adopt(branch.checkpoint)
+                say(branch.describe())
         accelerator.wait_for_everyone()
-        if run.finished(Plan(config, len(data.train)).steps):
+        if run.finished(plan.steps):
             steps = f"{result_of(run).steps:,} steps are done"
             say(f"{run.path} is finished: {steps}; nothing was trained")
         else:
@@ -213,6 +234,7 @@ class Trainer:
         self.count = len(data.train)
         self.plan = Plan(config, self.count)
         self.trivial = TrivialLoss(math.nan, math.nan)
+        self.evaluators = [evaluator(name) for name in config.evaluators]
         self.checkpoint = run.latest()
         self.step = 0
         # (loss, gradient norm) of the steps since the last line of the log
@@ -270,6 +292,9 @@ class Trainer:
             f"loss to beat: {self.trivial.mean_picture:.4f}, "
             "what predicting the mean picture costs"
         )
+        crowded = company() if accelerator.device.type == "cpu" else None
+        if crowded is not None:
+            self.report(crowded)
         normal = self.plan.expected_final
         if normal is not None:
             self.report(
@@ -362,23 +387,24 @@ class Trainer:
         """
         config, main = self.config, self.accelerator.is_main_process
         if main:
-            self.run.rewind_metrics(self.step)
+            self.run.rewind(self.step)
         self.wrapped.train()
-        with Progress(
-            self.run,
-            self.plan,
-            self.step,
-            progress,
-            main,
-            self.report,
-        ) as shown:
+        with (
+            StopSignals() as signals,
+            Progress(
+                self.run, self.plan, self.step, progress, main, self.report
+            ) as shown,
+        ):
             for batch in self.batches():
                 self.unreadable.add(batch, self.report_unreadable)
                 self.pending.append(torch.stack(self.update(batch.images)).float())
                 self.step += 1
                 last = self.step == self.plan.steps
+                stop = signals.agreed() and not last
+                milestone = self.plan.passes(self.step, config.milestone_epochs)
                 log = self.step % config.log_every == 0 or last
                 save = self.step % config.checkpoint_every == 0 or last
+                save = save or milestone or stop
                 if log or save:
                     values = self.check_finite()
                 if log:
@@ -387,8 +413,12 @@ class Trainer:
                     if main:
                         self.run.log(record)
                     shown.line(record)
+                if self.plan.passes(self.step, config.evaluate_epochs):
+                    self.evaluate(shown)
                 if save:
-                    self.save(values=[] if log else values)
+                    self.save([] if log else values, milestone)
+                if stop:
+                    self.stop(signals.received)
                 if (
                     config.picture_every is not None
                     and self.step % config.picture_every == 0
@@ -453,9 +483,35 @@ class Trainer:
         model.load_weights(weights, source="the processes' shares")
         return model
 
-    def save(self, values: list[list[float]]) -> None:
-        """A checkpoint of the current step; ``values`` are what the log has not got
-        yet.
+    def evaluate(self, shown: Progress) -> None:
+        """The held-out loss and what the evaluators give, by the main process."""
+        model = self.whole_model()
+        if self.accelerator.is_main_process and model is not None:
+            pictures = some_pictures(self.data.held_out, self.config.model)
+            loss = held_out_loss(model, pictures, self.config.mask_ratio)
+            scores = {"held_out_loss": loss}
+            for evaluate in self.evaluators:
+                scores |= evaluate(model, self.data)
+            where = {"step": self.step, "epoch": round(self.plan.epoch(self.step), 3)}
+            self.run.log_evaluation({**where, **scores})
+            shown.evaluation(self.step, scores)
+        self.accelerator.wait_for_everyone()
+
+    def stop(self, received: str | None) -> None:
+        """End a run that was asked to stop and has its checkpoint."""
+        if self.accelerator.is_main_process:
+            record = {"step": self.step, "steps": self.plan.steps}
+            with self.run.writing(STOPPED_FILE):
+                write_json(self.run.path / STOPPED_FILE, record)
+        self.accelerator.wait_for_everyone()
+        raise TrainingStoppedError(
+            f"{received or 'another process'} ended the run after step {self.step:,} "
+            f"of {self.plan.steps:,}, with a checkpoint; the same command continues it"
+        )
+
+    def save(self, values: list[list[float]], milestone: bool) -> None:
+        """A checkpoint of the current step, kept for good if it is a ``milestone``;
+        ``values`` are what the log has not got yet.
         """
         accelerator = self.accelerator
         accelerator.wait_for_everyone()
@@ -469,8 +525,9 @@ class Trainer:
                 "scaler": accelerator.scaler.state_dict() if accelerator.scaler else {},
             }
             named = {str(index): message for index, message in met.items()}
+            progress = {"pending": values, "unreadable": named}
             self.checkpoint = self.run.save(
-                self.step, model, states, {"pending": values, "unreadable": named}
+                self.step, model, states, progress, milestone
             )
 
     def draw(self, shown: Progress) -> None:
@@ -515,6 +572,15 @@ class Trainer:
             **provenance(command, device_name(self.accelerator.device)),
         }
         write_json(run.path / SUMMARY_FILE, summary)
+
+
+def evaluator(name: str) -> Evaluator:
+    """The function that ``MODULE:FUNCTION`` names; ``ValueError`` if it is not there."""
+    module, _, function = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ModuleNotFoundError, AttributeError) as error:
+        raise ValueError(f"evaluators: {name!r} was not found: {error}") from error
 
 
 def draw_reconstructions(

@@ -141,6 +141,16 @@ class Progress:
                 f"normal at this point: {low:.3f} to {high:.3f}{verdict}"
             )
 
+    def evaluation(self, step: int, scores: Mapping[str, float]) -> None:
+        """Say what an evaluation on held-out pictures gave."""
+        shown = ", ".join(
+            f"{name.replace('_', ' ')} {value:.4f}" for name, value in scores.items()
+        )
+        self.report(f"step {step:,}, epoch {self.plan.epoch(step):.4g}: {shown}")
+        if self.writer is not None:
+            for name, value in scores.items():
+                self.writer.add_scalar(name, value, step)
+
     def picture_path(self, step: int) -> Path:
         """Where the reconstructions of a step go."""
         folder = self.run.path / PICTURE_FOLDER

@@ -49,6 +49,7 @@ OPERATIONAL = frozenset(
         "compile",
     }
     | {"accumulate", "shard", "tensorboard", "picture_every"}
+    | {"milestone_epochs", "evaluate_epochs", "evaluators"}
 )
 """Fields that may change when a run is continued: where, how far and how fast, not
 what.  (Another device, process count, ``accumulate`` or ``shard`` sums the same numbers
@@ -136,6 +137,23 @@ class PretrainConfig:
     """Processes that read pictures; batches do not depend on it."""
     checkpoint_every: int = FROM_PRESET
     """Steps between checkpoints."""
+    milestone_epochs: float | None = None
+    """Epochs between checkpoints that are kept for good, in the folder milestones;
+    None keeps the newest checkpoint alone.
+    """
+    evaluate_epochs: float | None = None
+    """Epochs between evaluations on held-out pictures, in evaluation.jsonl; None: at
+    the end only.
+    """
+    evaluators: tuple[str, ...] = ()
+    """What is evaluated beside the held-out loss: names MODULE:FUNCTION of functions
+    that take the model and the data and give named numbers.
+    crate_core.evaluation.neighbours:held_out_neighbours lets neighbours vote.
+    """
+    branch_from: str | None = None
+    """Start from a checkpoint of another run (its directory, or one of its checkpoints
+    or milestones), with another learning rate, say: no continuation of that run.
+    """
     log_every: int = 10
     """Steps between lines of metrics.jsonl; each holds means over these steps."""
     max_unreadable: float = 0.1
@@ -188,6 +206,14 @@ class PretrainConfig:
             check_integer(self, name)
         for name in ("epochs", "lr"):
             check_number(self, name, "a positive number")
+        for name in ("milestone_epochs", "evaluate_epochs"):
+            check_number(self, name, "a positive number or None", optional=True)
+        check_text(self, "branch_from", optional=True)
+        names = self.evaluators
+        plain = isinstance(names, list | tuple)
+        ok = plain and all(isinstance(n, str) and n.count(":") == 1 for n in names)
+        require(self, "evaluators", ok, "names MODULE:FUNCTION")
+        store(self, "evaluators", tuple(names))
         check_number(self, "weight_decay", "zero or a positive number", ends="[]")
         check_number(self, "warmup_ratio", "a share in [0, 1)", 0, 1, "[)")
         check_number(self, "max_unreadable", "a share in [0, 1]", 0, 1, "[]")
@@ -242,6 +268,7 @@ class PretrainConfig:
         return {
             **asdict(self),
             "betas": list(self.betas),
+            "evaluators": list(self.evaluators),
             "model": self.model.to_dict(),
         }
 
@@ -335,6 +362,18 @@ class Plan:
     def epoch(self, step: int) -> float:
         """Passes over the pictures after ``step`` steps, :math:`tB/n`."""
         return step * self.config.batch_size / self.count
+
+    def passes(self, step: int, every: float | None) -> bool:
+        """Whether the run passes a multiple of ``every`` epochs in the step that makes
+        ``step`` steps; never for ``None``.
+        """
+        if every is None:
+            return False
+        # A multiple that is reached up to rounding counts as reached.
+        done, before = (
+            math.floor(self.epoch(s) / every + 1e-9) for s in (step, step - 1)
+        )
+        return done > before
 
     def lr(self, step: int) -> float:
         r"""Learning rate of step t, counted from 0: :func:`warmup_cosine` at

@@ -5,10 +5,13 @@ Layout of an output directory::
 
     run.json                     resolved config, data, and each start (command, versions, commit, device)
     metrics.jsonl                one line per ``log_every`` steps; the same for a cut and an uncut run
-    timing.jsonl                 throughput beside it: what happened, never rewound
+    evaluation.jsonl             held-out pictures every so many epochs, when asked for
+    timing.jsonl                 throughput beside them: what happened, never rewound
     pictures/  tensorboard/      when asked for
     .lock                        held by the process that trains; the system lets go of it when that ends
     checkpoints/step-00000500/   config.json, model.safetensors, optimizer.pt, progress.json
+    milestones/step-00000500/    the same, kept for good, when asked for
+    stopped.json                 a signal ended the run after a step: start it again
     model.safetensors config.json reconstructions.png summary.json     when finished
 
 Book: :ref:`ch-first-training`.
@@ -35,11 +38,14 @@ from crate_core.records import RUN_FILE, atomic_write, write_json
 from crate_core.training.yardsticks import TrivialLoss
 
 METRICS_FILE = "metrics.jsonl"
+EVALUATION_LOG = "evaluation.jsonl"
 TIMING_FILE = "timing.jsonl"
+STOPPED_FILE = "stopped.json"
 LOCK_FILE = ".lock"
 SUMMARY_FILE = "summary.json"
 PICTURES_FILE = "reconstructions.png"
 CHECKPOINTS = "checkpoints"
+MILESTONES = "milestones"
 OPTIMIZER_FILE = "optimizer.pt"
 PROGRESS_FILE = "progress.json"
 CHECKPOINT_FILES = frozenset({CONFIG_FILE, WEIGHTS_FILE, OPTIMIZER_FILE, PROGRESS_FILE})
@@ -104,6 +110,8 @@ class RunDirectory:
         self.path = Path(path).expanduser()
         self.checkpoints = self.path / CHECKPOINTS
         self.metrics = self.path / METRICS_FILE
+        self.milestones = self.path / MILESTONES
+        self.evaluations = self.path / EVALUATION_LOG
         self.timing = self.path / TIMING_FILE
         self._lock: IO[str] | None = None
 
@@ -139,6 +147,7 @@ class RunDirectory:
                 self.path / RUN_FILE,
                 {"identity": identity, "config": config, "starts": [*starts, start]},
             )
+            (self.path / STOPPED_FILE).unlink(missing_ok=True)
         except (OSError, ValueError):
             self.release()
             raise
@@ -250,17 +259,8 @@ class RunDirectory:
         """The newest whole checkpoint."""
         if not self.checkpoints.is_dir():
             return None
-        for path in sorted(self.checkpoints.glob("step-*"), reverse=True):
-            if (
-                re.fullmatch(r"step-\d+", path.name)
-                and {file.name for file in path.iterdir()} >= CHECKPOINT_FILES
-            ):
-                return Checkpoint(
-                    path,
-                    int(path.name[5:]),
-                    json.loads((path / PROGRESS_FILE).read_text()),
-                )
-        return None
+        paths = sorted(self.checkpoints.glob("step-*"), reverse=True)
+        return next(filter(None, map(read_checkpoint, paths)), None)
 
     def save(
         self,
@@ -268,8 +268,10 @@ class RunDirectory:
         model: MaskedAutoencoder,
         optimizer: Mapping[str, Any],
         progress: Mapping[str, Any],
+        milestone: bool = False,
     ) -> Checkpoint:
-        """Write the checkpoint of ``step``, then remove older ones.
+        """Write the checkpoint of ``step``, then remove older ones; keep it for good if
+        it is a ``milestone``.
 
         All files are written to a hidden directory and flushed to disk before it gets
         its name, so that a checkpoint with a name is whole and the previous one stays
@@ -293,6 +295,8 @@ class RunDirectory:
             (partial / PROGRESS_FILE).write_text(json.dumps(progress))
             for file in [*partial.iterdir(), partial]:
                 sync(file)
+            if milestone:  # before the step counts as done, so that none is missed
+                self.keep(partial, final.name)
             partial.rename(final)
             sync(self.checkpoints)
         except (OSError, RuntimeError, SafetensorError) as error:
@@ -310,24 +314,53 @@ class RunDirectory:
                 shutil.rmtree(path)
         return Checkpoint(final, step, dict(progress))
 
-    def rewind_metrics(self, step: int) -> None:
-        """Drop the log's lines after ``step`` and a line cut off half-way, whole or not
-        at all.
-        """
-        if not self.metrics.exists():
+    def keep(self, checkpoint: Path, name: str) -> None:
+        """A second name for a checkpoint's files among the milestones, whole or absent."""
+        if (self.milestones / name).exists():
             return
-        kept = []
-        for line in self.metrics.read_text().splitlines(keepends=True):
-            if not line.endswith("\n") or json.loads(line)["step"] > step:
-                break
-            kept.append(line)
-        atomic_write(self.metrics, "".join(kept).encode())
+        partial = self.milestones / ".partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(checkpoint, partial, copy_function=link_or_copy)
+        partial.rename(self.milestones / name)
+        sync(self.milestones)
+
+    def adopt(self, checkpoint: "Checkpoint") -> None:
+        """Begin with a copy of another run's checkpoint, whole or absent."""
+        partial = self.checkpoints / ".partial"
+        with self.writing(f"a copy of {checkpoint.path}"):
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.copytree(checkpoint.path, partial)
+            for file in [*partial.iterdir(), partial]:
+                sync(file)
+            partial.rename(self.checkpoints / checkpoint.path.name)
+            sync(self.checkpoints)
+
+    def rewind(self, step: int) -> None:
+        """Drop lines after ``step`` of what is logged and evaluated, and a line cut off
+        half-way; each file whole or not at all.
+        """
+        for path in (self.metrics, self.evaluations):
+            if not path.exists():
+                continue
+            kept = []
+            for line in path.read_text(encoding="utf8").splitlines(keepends=True):
+                if not line.endswith("\n") or json.loads(line)["step"] > step:
+                    break
+                kept.append(line)
+            atomic_write(path, "".join(kept).encode())
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one line to the metrics log.  ``CheckpointError`` if it cannot be
         written.
         """
         with self.writing("the log"), open(self.metrics, "a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def log_evaluation(self, record: Mapping[str, Any]) -> None:
+        """Append one line to the evaluations.  ``CheckpointError`` if it cannot be
+        written.
+        """
+        with self.writing("an evaluation"), open(self.evaluations, "a") as file:
             file.write(json.dumps(record) + "\n")
 
     def log_timing(self, record: Mapping[str, Any]) -> None:
@@ -358,6 +391,93 @@ class RunDirectory:
         """What a finished run wrote, or ``None``."""
         path = self.path / SUMMARY_FILE
         return json.loads(path.read_text()) if path.is_file() else None
+
+
+def read_checkpoint(path: Path) -> Checkpoint | None:
+    """The checkpoint in a folder, or ``None`` if there is no whole one."""
+    if (
+        not path.is_dir()
+        or not re.fullmatch(r"step-\d+", path.name)
+        or not {file.name for file in path.iterdir()} >= CHECKPOINT_FILES
+    ):
+        return None
+    progress = json.loads((path / PROGRESS_FILE).read_text(encoding="utf8"))
+    return Checkpoint(path, int(path.name[5:]), progress)
+
+
+def link_or_copy(source: str, target: str) -> None:
+    """A second name for a file, or a copy where the file system has no hard links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+@dataclass(frozen=True)
+class Branch:
+    """Where another run begins: the checkpoint of a run, and what is different from
+    then on, by field: (there, here).
+    """
+
+    checkpoint: Checkpoint
+    changed: dict[str, tuple[Any, Any]]
+
+    def describe(self) -> str:
+        """What was branched off and what is different, in a line."""
+        changes = [f"{n} {was!r} -> {now!r}" for n, (was, now) in self.changed.items()]
+        return (
+            f"branched off {self.checkpoint.path} after step {self.checkpoint.step:,}; "
+            f"changed: {', '.join(changes) or 'nothing'}. This is another run, not the "
+            "continuation of that one"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the record of the new run."""
+        checkpoint = self.checkpoint
+        return {
+            "run": checkpoint.path.parents[1].name,
+            "step": checkpoint.step,
+            "changed": {name: list(pair) for name, pair in self.changed.items()},
+        }
+
+
+def branch_of(source: str | Path, identity: Mapping[str, Any]) -> Branch:
+    """The branching point of a run of ``identity`` that begins at ``source``: a run's
+    directory, or one of its checkpoints or milestones.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no checkpoint.
+    ValueError
+        If model, batch size or pictures differ: a step would be something else.
+    """
+    path = Path(source).expanduser()
+    checkpoint = read_checkpoint(path) or RunDirectory(path).latest()
+    if checkpoint is None:
+        raise FileNotFoundError(
+            f"branch_from={str(source)!r}: there is no run and no checkpoint"
+        )
+    record = checkpoint.path.parents[1] / RUN_FILE
+    if not record.is_file():
+        raise FileNotFoundError(f"{checkpoint.path} lies in no run: no {record}")
+    there = json.loads(record.read_text(encoding="utf8"))["identity"]
+    changed = {
+        name: (there.get(name), identity.get(name))
+        for name in sorted(there.keys() | identity.keys())
+        if name != "branch_from" and there.get(name) != identity.get(name)
+    }
+    fixed = [
+        f"{name} (there {was!r}, now {now!r})"
+        for name, (was, now) in changed.items()
+        if name.startswith("model.") or name in ("batch_size", "training pictures")
+    ]
+    if fixed:
+        raise ValueError(
+            f"branch_from={str(source)!r}: these must stay as they were: "
+            f"{'; '.join(fixed)}"
+        )
+    return Branch(checkpoint, changed)
 
 
 @dataclass(frozen=True)

@@ -546,9 +546,9 @@ def test_a_line_cut_off_in_the_log_is_dropped(tmp_path: Path) -> None:
         run.log({"step": step, "loss": 0.5})
     with open(run.metrics, "a") as file:
         file.write('{"step": 12, "lo')
-    run.rewind_metrics(6)
+    run.rewind(6)
     assert [line["step"] for line in run.logged()] == [3, 6]
-    run.rewind_metrics(6)
+    run.rewind(6)
     assert [line["step"] for line in run.logged()] == [3, 6]
 
 
