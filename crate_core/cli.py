@@ -143,7 +143,12 @@ def run_data(arguments: Sequence[str], command: str) -> None:
     for name in ("count", "image_size"):
         if getattr(options, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')}: at least 1 is needed")
+    if options.streaming and (options.check or not options.source.startswith("hf:")):
+        raise UsageError(
+            "--streaming: accepted with hf:NAME-OR-PARQUET-PATH, without --check"
+        )
     from crate_core.data.named import open_data
+    from crate_core.data.streamed import stream_data
     from crate_core.data.understood import (
         class_counts,
         contact_sheet,
@@ -152,7 +157,11 @@ def run_data(arguments: Sequence[str], command: str) -> None:
     )
     from crate_core.records import atomic_write
 
-    data = open_data(options.source, options.data_root)
+    data = (
+        stream_data(options.source.removeprefix("hf:"))
+        if options.streaming
+        else open_data(options.source, options.data_root)
+    )
     print("\n".join([*understood(data), *class_counts(data)]))
     size = (options.image_size, options.image_size)
     if options.check:
@@ -282,6 +291,7 @@ def run_inspect(arguments: Sequence[str], command: str) -> None:
         options.eps,
         options.seeds,
         command,
+        print,
     )
     write_report(options.output, page)
     print(f"saved in {options.output}, {len(page) / 1e6:.1f} MB")

@@ -86,6 +86,8 @@ class Data:
     """1 for grey, 3 for colour."""
     data_root: str = "data"
     """Where torchvision datasets lie or are downloaded to."""
+    streaming: bool = False
+    """Look at hf: data as it comes, as pretraining does that streams it."""
     check: bool = False
     """Read every picture and name those that cannot be read."""
 

@@ -15,6 +15,7 @@ Book: :ref:`ch-first-training`.
 """
 
 import signal
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -42,6 +43,16 @@ from crate_core.shapes import Images
 
 SUBSTITUTES = 100
 """How many other pictures are tried in the place of one that cannot be read."""
+
+NAMED = 5
+"""How many unreadable pictures a warning names."""
+
+MAX_UNREADABLE = 0.1
+"""Share of pictures above which work stops as they cannot be read, unless given."""
+
+
+class UnreadablePictureWarning(UserWarning):
+    """Pictures that cannot be read were left out, or others taken in their place."""
 
 
 MEASURED_PICTURES = 2048
@@ -321,9 +332,13 @@ def some_batches(
     config: FrameConfig,
     count: int = MEASURED_PICTURES,
     batch_size: int = 64,
+    report: Callable[[str], None] = lambda line: None,
 ) -> Iterator[Images]:
     """The pictures of :func:`some_pictures` in batches (b, C, H, W), so that few are in
-    memory at a time; ``ValueError`` if none is readable.
+    memory at a time; ``report`` gets a message with the name of each that cannot be
+    read.
+
+    Raises ``ValueError`` if none is readable.
     """
     chosen = (
         np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(int)
@@ -332,6 +347,8 @@ def some_batches(
     for batch in evaluation_batches(
         SelectedImages(source, chosen), config.image_shape, config.channels, batch_size
     ):
+        for _, message in batch.unreadable:
+            report(message)
         if len(batch.images):
             found = True
             yield batch.images
@@ -343,13 +360,14 @@ def some_batches(
 
 @dataclass
 class UnreadableCount:
-    """Distinct unreadable pictures met so far, by index, and the share above which a
-    run stops.
+    """Distinct unreadable pictures met so far, by index, and the share above which the
+    work stops; ``part`` says of which pictures.
     """
 
     total: int
     limit: float
     met: dict[int, str]
+    part: str = "training"
 
     def add(self, batch: Batch, report: Callable[[str], None]) -> None:
         """Count a batch's unreadable pictures, naming each new one through ``report``.
@@ -369,6 +387,67 @@ class UnreadableCount:
         if share > self.limit or not batch.complete:
             last = list(self.met.values())[-1]
             raise ValueError(
-                f"{len(self.met)} of {self.total} training pictures ({share:.1%}) cannot be read; the run stops above "
-                f"{self.limit:.1%} (max_unreadable). The last one: {last}"
+                f"{len(self.met)} of {self.total} {self.pictures} ({share:.1%}) "
+                f"cannot be read; the run stops above {self.limit:.1%} "
+                f"(max_unreadable). The last one: {last}"
             )
+
+    @property
+    def pictures(self) -> str:
+        """What to call the pictures that are counted."""
+        return f"{self.part} pictures".strip()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """A message with the name of each, in order of the pictures."""
+        return tuple(message for _, message in sorted(self.met.items()))
+
+    def warn(self, what: str) -> None:
+        """Warn of those that were met; ``what`` says what became of them."""
+        if self.met:
+            more = "; ..." if len(self.met) > NAMED else ""
+            warnings.warn(
+                f"{len(self.met):,} of {self.total:,} {self.pictures} cannot be "
+                f"read and {what}: {'; '.join(self.names[:NAMED])}{more}",
+                UnreadablePictureWarning,
+                stacklevel=3,
+            )
+
+
+def readable_batches(
+    source: ImageSource,
+    size: Size,
+    channels: int,
+    unreadable: UnreadableCount,
+    batch_size: int = 256,
+    workers: int = 0,
+) -> Iterator[Batch]:
+    """Batches of :func:`evaluation_batches`, of at least one picture each.
+
+    ``unreadable`` counts those that cannot be read; a warning names them at the end.
+
+    Raises
+    ------
+    ValueError
+        As soon as more than its limit cannot be read, or if none can.
+    """
+    for batch in evaluation_batches(source, size, channels, batch_size, workers):
+        unreadable.add(batch, lambda line: None)
+        if len(batch.images):
+            yield batch
+    if len(unreadable.met) == len(source):
+        raise ValueError(
+            f"none of {len(source)} {unreadable.pictures} can be read, the "
+            f"first: {next(iter(unreadable.names), 'there is none')}"
+        )
+    unreadable.warn("were left out")
+
+
+def readable_rows(
+    source: ImageSource, size: Size, channels: int, unreadable: UnreadableCount
+) -> np.ndarray:
+    """Numbers of the pictures that can be read, each read once: for what is to fail
+    before the work.  Counts, warns and raises as :func:`readable_batches`.
+    """
+    batches = readable_batches(source, size, channels, unreadable)
+    return np.concatenate([batch.indices.numpy() for batch in batches])

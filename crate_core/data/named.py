@@ -289,6 +289,7 @@ def hugging_face(location: str) -> ImageData:
 
     The image column is ``image`` or ``img``, else the only one that holds images
     (:func:`image_column`); labels are those of :func:`label_column` and may be absent.
+    Which pictures are held out does not depend on them.
 
     Raises
     ------
@@ -318,8 +319,15 @@ def hugging_face(location: str) -> ImageData:
             encoded_column(table, column, origin), column, origin, labels[name]
         )
     if held_out_name is None:
+        # by no label: what is trained on must not depend on that column
         return split_source(
-            sources["train"], classes, HELD_OUT, origin, left_out, columns
+            sources["train"],
+            classes,
+            HELD_OUT,
+            origin,
+            left_out,
+            columns,
+            by_class=False,
         )
     train, held_out = sources["train"], sources[held_out_name]
     description = (

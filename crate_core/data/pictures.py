@@ -7,12 +7,15 @@ One rule for each kind, whatever file or table it comes from:
 * **Orientation**: turned as EXIF says.  Damaged EXIF turns nothing.
 * **Transparency**: laid on white.
 * **CIELAB**: brought to sRGB.  Other modes are converted as Pillow does.
-* **Sixteen-bit grey**: white is 65,535.  A picture that stays below 4,096 may hold
-  twelve bits, so that white cannot be told: refused.
+* **Sixteen-bit grey**: white is 65,535, as the formats have it.  One that stays below
+  a quarter of that is dark, or holds 8 to 14 bits unscaled: it is read, with a
+  :class:`DarkPictureWarning`.
 * **Floating point**: white is 1 where all values lie in [0, 1], 255 where they lie in
   [0, 255] and the largest is at least 16.  Anything else is refused.
 * **Thirty-two-bit integers**: refused, as nothing says what white is; PPM and PGM
   files say it.
+
+What is refused is an unreadable picture, named and counted as a damaged one is.
 
 Book: :ref:`ch-first-training`.
 """
@@ -38,8 +41,14 @@ NOT_DECODED = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})
 system, or (EPS) runs a program on the file.
 """
 
-TWELVE_BITS = 4095
-"""Largest value of twelve bits; a sixteen-bit picture below it may hold no more."""
+SIXTEEN_BITS = 65535
+"""White of sixteen-bit grey."""
+
+DARK = SIXTEEN_BITS // 4
+"""Sixteen-bit grey that reaches no higher (14 bits) is read with a word."""
+
+DOUBT = "crate_core.doubt"
+"""Where a decoded picture's ``info`` says why its range is doubtful."""
 
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -64,6 +73,10 @@ class UnreadableImageError(ValueError):
 
     def __reduce__(self) -> tuple[type, tuple[str, str]]:
         return type(self), (self.name, self.reason)
+
+
+class DarkPictureWarning(UserWarning):
+    """A sixteen-bit picture that is dark, or was not scaled to sixteen bits."""
 
 
 @lru_cache(maxsize=1)
@@ -128,7 +141,8 @@ def eight_bits(image: Image.Image) -> Image.Image:
     """Grey pictures of more than eight bits at eight, which Pillow's own conversion
     would clip; others as they are.
 
-    Raises ``ValueError`` where white cannot be told.
+    Raises ``ValueError`` where white cannot be told; a doubt about it is said in
+    ``info``.
     """
     if not image.mode.startswith(("I", "F")):
         return image
@@ -141,19 +155,21 @@ def eight_bits(image: Image.Image) -> Image.Image:
                 "cannot be told; accepted are [0, 1], and [0, 255] up to 16 at least"
             )
         white = 1.0 if high <= 1 else 255.0
-    elif image.mode == "I" and image.format != "PPM":
+    # PPM files say what white is, and PNG files have sixteen bits at most
+    elif image.mode == "I" and image.format not in ("PPM", "PNG"):
         raise ValueError(
             f"32-bit integers from {low:g} to {high:g}: which one is white cannot be "
             "told; save 8 or 16 bits"
         )
-    elif 0 < high <= TWELVE_BITS:
-        raise ValueError(
-            f"16-bit values up to {high:g}: whether white is {TWELVE_BITS} (12 bits) "
-            "or 65535 cannot be told; scale them to 65535"
-        )
     else:
-        white = 65535.0
-    return Image.fromarray((values * (255 / white)).round().astype(np.uint8))
+        white = float(SIXTEEN_BITS)
+    shown = Image.fromarray((values * (255 / white)).round().astype(np.uint8))
+    if white == SIXTEEN_BITS and 0 < high <= DARK and image.format != "PPM":
+        shown.info[DOUBT] = (
+            f"16-bit grey that reaches {high:g} of {SIXTEEN_BITS}: read as a dark "
+            "picture; if it holds fewer bits, scale it"
+        )
+    return shown
 
 
 @lru_cache(maxsize=1)

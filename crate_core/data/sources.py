@@ -8,6 +8,7 @@ run's seed, so that evaluation never sees a picture that pretraining saw.
 Book: :ref:`ch-first-training`.
 """
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from crate_core.data.pictures import Picture, UnreadableImageError, open_picture
+from crate_core.data.pictures import (
+    DOUBT,
+    DarkPictureWarning,
+    Picture,
+    UnreadableImageError,
+    open_picture,
+)
 
 SPLIT_SEED = 0
 """Seed of the held-out split; fixed, whatever the run's seed."""
@@ -35,6 +42,8 @@ class ImageSource(ABC):
     """Numbered pictures, with integer ``labels`` (n,) or ``None`` when there are none."""
 
     labels: np.ndarray | None = None
+    doubted = False
+    """Whether a picture of doubtful range was met and named; the others are not."""
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -50,19 +59,34 @@ class ImageSource(ABC):
     def read(self, index: int) -> Picture:
         """Picture ``index``.
 
+        Warns
+        -----
+        DarkPictureWarning
+            Naming the first picture of doubtful range.
+
         Raises
         ------
         UnreadableImageError
             If it cannot be decoded.
         """
         try:
-            return self.decode(index)
+            picture = self.decode(index)
         # Decoders and converters of many formats raise whatever they like (struct.error,
         # RuntimeError, NotImplementedError, ...): that picture is unreadable.
         except Exception as error:
             raise UnreadableImageError(
                 self.name(index), str(error) or type(error).__name__
             ) from error
+        if not self.doubted and not isinstance(picture, Tensor):
+            doubt = picture.info.get(DOUBT)
+            if doubt is not None:
+                self.doubted = True
+                warnings.warn(
+                    f"{self.name(index)}: {doubt}; more may be like it",
+                    DarkPictureWarning,
+                    stacklevel=2,
+                )
+        return picture
 
 
 @dataclass(eq=False)
@@ -190,12 +214,15 @@ def split_source(
     what: str,
     left_out: Iterable[str] = (),
     columns: Iterable[str] = (),
+    by_class: bool = True,
 ) -> ImageData:
-    """Hold out a ``share`` of a source that has no held-out part of its own (see
+    """Hold out a ``share`` of a source that has no held-out part of its own: of each
+    class if ``by_class`` and there are labels, else of all (see
     :func:`held_out_split`).
     """
-    train, held_out = held_out_split(source.labels, len(source), share)
-    how = "at random" if source.labels is None else "stratified by class"
+    labels = source.labels if by_class else None
+    train, held_out = held_out_split(labels, len(source), share)
+    how = "at random" if labels is None else "stratified by class"
     return ImageData(
         SelectedImages(source, train),
         SelectedImages(source, held_out),

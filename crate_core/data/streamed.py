@@ -58,24 +58,28 @@ yardsticks.
 
 @dataclass(frozen=True)
 class Row:
-    """A picture as it comes: the file's bytes and a number made from them, the same in
-    every epoch.
+    """A picture as it comes: the file's bytes, a number made from them, the same in
+    every epoch, and what to call it: rows of a shuffled stream have no number.
     """
 
     data: bytes
     index: int
+    name: str
 
 
-def encoded(cell: Any) -> Row:
+def encoded(cell: Any, origin: str) -> Row:
     """A cell of an image column as a row; one without bytes is read from its path, or
-    empty.
+    empty.  Its name is its path's, or says its size and checksum.
     """
     try:
         file = cell_file(cell)
         data = file.getvalue() if isinstance(file, BytesIO) else Path(file).read_bytes()
     except (ValueError, OSError):
         data = b""
-    return Row(data, zlib.crc32(data))
+    index = zlib.crc32(data)
+    path = cell.get("path") if isinstance(cell, dict) else None
+    name = path or f"picture of {len(data):,} bytes, CRC-32 {index:08x}"
+    return Row(data, index, f"{origin} {name}")
 
 
 @dataclass(eq=False)
@@ -89,7 +93,7 @@ class EncodedImages(ImageSource):
         return len(self.rows)
 
     def name(self, index: int) -> str:
-        return f"{self.origin} row {index}"
+        return self.rows[index].name
 
     def decode(self, index: int) -> Picture:
         return open_picture(BytesIO(self.rows[index].data))
@@ -110,12 +114,12 @@ class StreamedImages(ImageSource):
     def __len__(self) -> int:
         return self.count
 
+    # Yardsticks look at pictures spread over a source; of a stream they get its first
+    # ones.
     def name(self, index: int) -> str:
-        return f"{self.first.origin} row {index}"
+        return self.first.name(index * len(self.first) // self.count)
 
     def decode(self, index: int) -> Picture:
-        # Yardsticks look at pictures spread over a source; of a stream they get its
-        # first ones.
         return self.first.decode(index * len(self.first) // self.count)
 
     def epoch(self, seed: int, epoch: int) -> Iterator[Row]:
@@ -123,7 +127,7 @@ class StreamedImages(ImageSource):
         key = random_key(seed, Stream.SHUFFLE, epoch) % 2**32
         try:
             for row in self.table.shuffle(seed=key, buffer_size=self.buffer):
-                yield encoded(row[self.column])
+                yield encoded(row[self.column], self.first.origin)
         except (ValueError, OSError) as error:  # pyarrow's are among them
             raise ValueError(
                 f"{self.first.origin} cannot be read on: {error}"
@@ -183,7 +187,7 @@ class OneBatch(TrainingPictures):
     """
 
     def __init__(self, rows: list[Row], like: TrainingPictures) -> None:
-        source = EncodedImages(rows, like.source.name(0).removesuffix(" row 0"))
+        source = EncodedImages(rows, "")
         super().__init__(source, like.size, like.channels, like.augmentation, like.seed)
         self.rows = rows
 
@@ -241,7 +245,7 @@ def stream_data(location: str) -> ImageData:
     def kept(stream: Any, rows: int) -> EncodedImages:
         try:
             return EncodedImages(
-                [encoded(row[column]) for row in stream.take(rows)], origin
+                [encoded(row[column], origin) for row in stream.take(rows)], origin
             )
         except (ValueError, OSError) as error:  # pyarrow's are among them
             path = Path(location).expanduser()

@@ -47,7 +47,7 @@ def run_data(checkpoint: str | Path) -> tuple[str, str]:
         raise ValueError(
             f"{checkpoint} has no {RUN_FILE} that says what it was trained on: give --data"
         )
-    owner = json.loads(record.read_text())
+    owner = json.loads(record.read_text(encoding="utf8"))
     spec, root = owner["config"]["data"], owner["config"]["data_root"]
     # Relative names count from where the run was started, if they lie there.
     start = Path(checkpoint) / owner.get("starts", [{}])[-1].get("started_from", ".")

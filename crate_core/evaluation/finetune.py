@@ -17,14 +17,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crate_core.data.batches import (
+    MAX_UNREADABLE,
     StepBatches,
     TrainingPictures,
     UnreadableCount,
-    evaluation_batches,
     loader,
+    readable_batches,
+    readable_rows,
 )
 from crate_core.data.pictures import Picture
-from crate_core.data.sources import ImageData, ImageSource
+from crate_core.data.sources import ImageData, ImageSource, SelectedImages
 from crate_core.data.transforms import augmented, prepare
 from crate_core.evaluation.probe import class_count
 from crate_core.keys import Stream, random_generator, random_key
@@ -37,6 +39,7 @@ from crate_core.training.checks import (
     check_integer,
     check_number,
 )
+from crate_core.training.devices import check_compiler
 from crate_core.training.pretrain import TrainingDivergedError
 from crate_core.training.recipe import warmup_cosine
 
@@ -94,6 +97,8 @@ class FinetuneConfig:
     """Compile the model with torch.compile."""
     workers: int = 0
     """Processes that read pictures; batches do not depend on it."""
+    max_unreadable: float = MAX_UNREADABLE
+    """Stop if a larger share of a part's pictures cannot be read."""
 
     def __post_init__(self) -> None:
         check_integer(self, "batch_size", least=1)
@@ -106,6 +111,7 @@ class FinetuneConfig:
         check_betas(self, "betas")
         check_number(self, "layer_decay", "a number in (0, 1]", 0, 1)
         check_number(self, "label_smoothing", "a number in [0, 1)", 0, 1, "[)")
+        check_number(self, "max_unreadable", "a share in [0, 1]", 0, 1, "[]")
         check_choice(self, "pooling", get_args(Pooling))
         check_choice(self, "augmentation", get_args(FinetuneAugmentation))
         check_choice(self, "precision", ("fp32", "bf16"))
@@ -224,51 +230,57 @@ class FinetuneResult:
     """How fine-tuning ended: ``curve`` has a record an epoch (epoch, loss and accuracy
     on the training pictures as they were met, augmented), ``accuracy`` is that of the
     held-out pictures after the last step; both in [0, 1].
+
+    ``held_out`` is the number of pictures that ``accuracy`` is over, ``unreadable``
+    names those of both parts that could not be read.
     """
 
     classifier: Classifier
     curve: tuple[dict[str, float], ...]
     accuracy: float
     config: FinetuneConfig
+    held_out: int
+    unreadable: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """All but the weights, ready for JSON."""
         return {
             "accuracy": self.accuracy,
+            "held_out": self.held_out,
+            "unreadable": list(self.unreadable),
             "curve": list(self.curve),
             "config": asdict(self.config),
         }
 
 
 @torch.no_grad()
-def accuracy(model: Classifier, source: ImageSource, workers: int = 0) -> float:
+def accuracy(
+    model: Classifier,
+    source: ImageSource,
+    workers: int = 0,
+    max_unreadable: float = MAX_UNREADABLE,
+) -> float:
     """Share of a labelled source's readable pictures that the classifier gets right, in
-    evaluation mode.
+    evaluation mode; a warning names those that cannot be read.
 
-    Raises ``ValueError`` if none can be read or there are no labels.
+    Raises ``ValueError`` if none can be read, more than ``max_unreadable`` cannot, or
+    there are no labels.
     """
     if source.labels is None:
         raise ValueError("accuracy needs labels; these pictures have none")
+    unreadable = UnreadableCount(len(source), max_unreadable, {}, "held-out")
     with evaluation_mode(model):
         frame = model.autoencoder
         device = next(model.parameters()).device
+        size, channels = frame.config.image_shape, frame.config.channels
         right = seen = 0
-        for batch in evaluation_batches(
-            source, frame.config.image_shape, frame.config.channels, workers=workers
+        for batch in readable_batches(
+            source, size, channels, unreadable, workers=workers
         ):
-            if len(batch.images):
-                labels = torch.from_numpy(source.labels[batch.indices.numpy()])
-                predicted = (
-                    model(frame.standardize(batch.images.to(device)))
-                    .argmax(dim=1)
-                    .cpu()
-                )
-                right, seen = (
-                    right + int((predicted == labels).sum()),
-                    seen + len(labels),
-                )
-    if not seen:
-        raise ValueError(f"none of {len(source)} pictures can be read")
+            labels = torch.from_numpy(source.labels[batch.indices.numpy()])
+            scores = model(frame.standardize(batch.images.to(device)))
+            right += int((scores.argmax(dim=1).cpu() == labels).sum())
+            seen += len(labels)
     return right / seen
 
 
@@ -293,12 +305,18 @@ def finetune(
     data : labelled pictures; fits on ``data.train``, scores ``data.held_out`` once, at
         the end.
     config : the run.
-    report : gets a line for each epoch.
+    report : gets a line for each epoch and each picture that cannot be read.
+
+    Warns
+    -----
+    UnreadablePictureWarning
+        Naming pictures that cannot be read.
 
     Raises
     ------
     ValueError
-        If the pictures have no labels, labels out of range, or too many are unreadable.
+        If the pictures have no labels, labels out of range, too many are unreadable, or
+        the model is to be compiled and there is no compiler.
     TrainingDivergedError
         If the loss is no longer finite.
 
@@ -307,6 +325,18 @@ def finetune(
     classes = class_count(data)
     labels = torch.as_tensor(data.train.labels)
     device = next(model.parameters()).device
+    if config.compile:
+        check_compiler(device)
+    # held-out pictures are read once before the work, which must not be lost to them
+    left_out = UnreadableCount(
+        len(data.held_out), config.max_unreadable, {}, "held-out"
+    )
+    held_out = SelectedImages(
+        data.held_out,
+        readable_rows(
+            data.held_out, model.config.image_shape, model.config.channels, left_out
+        ),
+    )
     classifier = Classifier(model, classes, config.pooling).to(device).train()
     groups = layer_groups(classifier, config.weight_decay, config.layer_decay)
     optimizer = torch.optim.AdamW(
@@ -315,7 +345,7 @@ def finetune(
     forward = torch.compile(classifier) if config.compile else classifier
     count = len(data.train)
     steps = math.ceil(config.epochs * count / config.batch_size)
-    unreadable = UnreadableCount(count, 0.1, {})
+    unreadable = UnreadableCount(count, config.max_unreadable, {})
     peak = config.lr * config.batch_size / 256
     order = StepBatches(count, config.batch_size, config.seed, 0, steps)
     # loss, right answers, pictures since the last record
@@ -360,6 +390,14 @@ def finetune(
                 f"epoch {epoch:.1f}: loss {mean_loss:.3f}, training accuracy {share:.3f}"
             )
             totals.zero_()
-    result = accuracy(classifier, data.held_out, config.workers)
-    report(f"held-out accuracy {result:.4f} on {len(data.held_out):,} pictures")
-    return FinetuneResult(classifier, tuple(curve), result, config)
+    unreadable.warn("were replaced by others")
+    result = accuracy(classifier, held_out, config.workers)
+    report(f"held-out accuracy {result:.4f} on {len(held_out):,} pictures")
+    return FinetuneResult(
+        classifier,
+        tuple(curve),
+        result,
+        config,
+        len(held_out),
+        (*unreadable.names, *left_out.names),
+    )

@@ -23,8 +23,12 @@ from sklearn.model_selection import StratifiedShuffleSplit
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from crate_core.data.batches import evaluation_batches
-from crate_core.data.sources import ImageData, ImageSource
+from crate_core.data.batches import (
+    MAX_UNREADABLE,
+    UnreadableCount,
+    readable_batches,
+)
+from crate_core.data.sources import ImageData, ImageSource, SelectedImages
 from crate_core.model.autoencoder import MaskedAutoencoder, evaluation_mode
 from crate_core.model.build import fresh_model
 from crate_core.shapes import Images
@@ -44,15 +48,16 @@ fit in memory otherwise.
 @dataclass(frozen=True)
 class Features:
     """What probes are fitted on, one row a picture: ``class_token`` (n, d),
-    ``patch_mean`` (n, d), ``pixels`` (n, m) and ``labels`` (n,); ``unreadable``
-    pictures were left out.
+    ``patch_mean`` (n, d), ``pixels`` (n, m), ``labels`` (n,) and ``indices`` (n,), the
+    pictures' numbers; ``unreadable`` names those that were left out.
     """
 
     class_token: np.ndarray
     patch_mean: np.ndarray
     pixels: np.ndarray
     labels: np.ndarray
-    unreadable: int
+    indices: np.ndarray
+    unreadable: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,8 @@ def encode(
     source: ImageSource,
     batch_size: int = 256,
     workers: int = 0,
+    max_unreadable: float = MAX_UNREADABLE,
+    part: str = "",
 ) -> Features:
     r"""Features of all pictures of a source, computed once, nothing masked.
 
@@ -94,25 +101,29 @@ def encode(
     model : used in evaluation mode, on its device.
     source : pictures; brought to the model's image size and channels.
     batch_size, workers : how they are read.
+    max_unreadable : largest share of the pictures that may be unreadable.
+    part : what to call the pictures in a message, such as "held-out".
+
+    Warns
+    -----
+    UnreadablePictureWarning
+        Naming pictures that were left out.
 
     Raises
     ------
     ValueError
-        If no picture can be read.
+        If no picture can be read, or more than ``max_unreadable`` of them cannot.
 
     Book: :ref:`ch-first-training`.
     """
+    unreadable = UnreadableCount(len(source), max_unreadable, {}, part)
     with evaluation_mode(model):
         device = next(model.parameters()).device
-        size = model.config.image_shape
+        size, channels = model.config.image_shape, model.config.channels
         tokens, means, pixels, indices = [], [], [], []
-        unreadable = 0
-        for batch in evaluation_batches(
-            source, size, model.config.channels, batch_size, workers
+        for batch in readable_batches(
+            source, size, channels, unreadable, batch_size, workers
         ):
-            unreadable += len(batch.unreadable)
-            if len(batch.images) == 0:
-                continue
             features = model.forward_features(
                 model.standardize(batch.images.to(device))
             )
@@ -120,8 +131,6 @@ def encode(
             means.append(features[:, 1:].mean(dim=1).cpu())
             pixels.append(small_pixels(batch.images))
             indices.append(batch.indices)
-    if not indices:
-        raise ValueError(f"none of {len(source)} pictures can be read")
     kept = torch.cat(indices).numpy()
     labels = np.full(len(kept), -1) if source.labels is None else source.labels[kept]
     return Features(
@@ -129,7 +138,8 @@ def encode(
         torch.cat(means).numpy(),
         torch.cat(pixels).numpy(),
         labels,
-        unreadable,
+        kept,
+        unreadable.names,
     )
 
 
@@ -245,10 +255,13 @@ def judge_features(
     seeds: Sequence[int],
     judges: Mapping[str, Judge],
     workers: int = 0,
+    max_unreadable: float = MAX_UNREADABLE,
 ) -> dict[str, dict[str, Score]]:
     """What ``judges`` say of a model's features and of its controls', over seeds.
 
-    Pictures are encoded once for the model and once for each untrained control.
+    Pictures are encoded once for the model and once for each untrained control; those
+    that cannot be read are left out, with a warning that names them, and every accuracy
+    is over the others.
 
     Parameters
     ----------
@@ -256,6 +269,7 @@ def judge_features(
     data : labelled pictures; judges fit on ``data.train`` and score ``data.held_out``.
     seeds : given to the judges; each also draws an untrained encoder's weights.
     judges : by the name of their column.
+    max_unreadable : largest share of a part's pictures that may be unreadable.
 
     Returns
     -------
@@ -265,21 +279,27 @@ def judge_features(
     Raises
     ------
     ValueError
-        If no picture can be read.
+        If no picture of a part can be read, or too many cannot.
 
     Book: :ref:`ch-evaluation`.
     """
     device = next(model.parameters()).device
-    trained = (
-        encode(model, data.train, workers=workers),
-        encode(model, data.held_out, workers=workers),
+    parts = {"training": data.train, "held-out": data.held_out}
+    trained = [
+        encode(model, source, 256, workers, max_unreadable, part)
+        for part, source in parts.items()
+    ]
+    # what cannot be read is named once, and not tried again for each control
+    train_part, held_out_part = (
+        SelectedImages(source, features.indices)
+        for source, features in zip(parts.values(), trained, strict=True)
     )
     accuracies: dict[str, dict[str, list[float]]] = {}
     for seed in seeds:
         fresh = fresh_model(model.config, seed).to(device)
         control = (
-            encode(fresh, data.train, workers=workers),
-            encode(fresh, data.held_out, workers=workers),
+            encode(fresh, train_part, workers=workers),
+            encode(fresh, held_out_part, workers=workers),
         )
         rows = {
             "trained, class token": [part.class_token for part in trained],
@@ -316,6 +336,7 @@ def linear_probes(
     seeds: Sequence[int] = range(5),
     labels_per_class: int = 5,
     workers: int = 0,
+    max_unreadable: float = MAX_UNREADABLE,
 ) -> dict[str, dict[str, Score]]:
     """Linear probes of a model and of its controls, with all labels and with few a
     class: :func:`judge_features` with :func:`probe_judges`.
@@ -326,12 +347,14 @@ def linear_probes(
     Raises
     ------
     ValueError
-        If the pictures have no labels, fewer than two classes, or too few of a class.
+        If the pictures have no labels, fewer than two classes, or too few of a class,
+        or too many cannot be read.
 
     Book: :ref:`ch-first-training`.
     """
     check_labels(data, labels_per_class)
-    return judge_features(model, data, seeds, probe_judges(labels_per_class), workers)
+    judges = probe_judges(labels_per_class)
+    return judge_features(model, data, seeds, judges, workers, max_unreadable)
 
 
 def class_count(data: ImageData) -> int:

@@ -7,7 +7,7 @@ no script and asks for nothing: pictures are inside it.
 Book: :ref:`ch-layer-by-layer`, :ref:`ch-tokens`, :ref:`ch-heads`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from crate_core.data.batches import some_pictures
 from crate_core.data.named import open_data
 from crate_core.data.sources import ArrayImages, FileImages, ImageSource, digits
-from crate_core.data.understood import shortened, some_readable
+from crate_core.data.understood import shortened, some_readable, understood
 from crate_core.inspection import figures as figures
 from crate_core.inspection.layers import inspect_layers, inspect_weights
 from crate_core.inspection.sections import (
@@ -188,9 +188,11 @@ def inspect_checkpoint(
     eps: float = 0.5,
     seeds: int = 3,
     command: str = "crate_core.inspection.page.inspect_checkpoint",
+    report: Callable[[str], None] = lambda line: None,
 ) -> str:
     """What ``crate inspect`` writes: :func:`inspection_report` on files, on held-out
-    pictures of ``data``, or on pictures that are shipped.
+    pictures of ``data``, or on pictures that are shipped; ``report`` gets what was
+    understood of the data, and where the pictures come from, before the work.
 
     Raises
     ------
@@ -210,6 +212,8 @@ def inspect_checkpoint(
         images, origin = named_pictures(source, model.config, len(source), "files")
     elif data is not None:
         opened = open_data(data)
+        for line in understood(opened):
+            report(line)
         images, origin = named_pictures(
             opened.held_out, model.config, count, f"held out: {opened.description}"
         )
@@ -220,6 +224,7 @@ def inspect_checkpoint(
             if model.config.channels == 1
             else "scikit-learn's photographs, cut"
         )
+    report(f"pictures: {len(images)}, {origin}")
     record = provenance(command, device_name(next(model.parameters()).device))
     facts = [
         ("origin of the pictures", origin),

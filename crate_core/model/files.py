@@ -161,7 +161,7 @@ def read_config(directory: Path) -> dict[str, object]:
             f"{directory} holds no {CONFIG_FILE}; a saved model has {CONFIG_FILE} and {WEIGHTS_FILE}"
         )
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(config, dict):

@@ -85,7 +85,7 @@ def measured() -> dict[str, Any]:
     empty if none was measured.
     """
     return (
-        json.loads(EXPECTED_FILE.read_text())["presets"]
+        json.loads(EXPECTED_FILE.read_text(encoding="utf8"))["presets"]
         if EXPECTED_FILE.is_file()
         else {}
     )

@@ -553,7 +553,10 @@ class Trainer:
     def write_result(self, model: MaskedAutoencoder, command: str) -> None:
         """The files of a finished run, on the main process."""
         config, run = self.config, self.run
-        pictures = some_pictures(self.data.held_out, config.model)
+        left_out: list[str] = []
+        pictures = some_batches(
+            self.data.held_out, config.model, report=left_out.append
+        )
         last_epoch = self.step - self.plan.steps_per_epoch
         losses = [line["loss"] for line in run.logged() if line["step"] > last_epoch]
         model.save_pretrained(run.path)
@@ -562,6 +565,7 @@ class Trainer:
             "steps": self.step,
             "train_loss": sum(losses) / len(losses),
             "held_out_loss": held_out_loss(model, pictures, config.mask_ratio),
+            "held_out_unreadable": left_out,
             "trivial_loss": {
                 "mean_patch": self.trivial.mean_patch,
                 "mean_picture": self.trivial.mean_picture,

@@ -103,6 +103,17 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def real_data(spec: str, start: Path) -> str:
+    """A name of data with the path that it holds, if there is one from ``start`` on,
+    absolute and without links: two names of one folder are equal.
+    """
+    kind, colon, location = spec.partition(":")
+    path = start / Path(location).expanduser()
+    if kind in ("folder", "hf") and path.exists():
+        return kind + colon + str(path.resolve())
+    return spec
+
+
 class RunDirectory:
     """An output directory and the run that owns it."""
 
@@ -180,16 +191,23 @@ class RunDirectory:
                 )
             return []
         try:
-            owner = json.loads(record.read_text())
+            owner = json.loads(record.read_text(encoding="utf8"))
             recorded, starts = owner["identity"], owner["starts"]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{record} is not the record of a run: {error!r}"
             ) from error
+        # relative names of data count from where the run was started
+        there = self.path / (starts[-1] if starts else {}).get("started_from", ".")
         differing = [
             f"{name} (there {recorded.get(name)!r}, now {identity.get(name)!r})"
             for name in sorted(recorded.keys() | identity.keys())
             if recorded.get(name) != identity.get(name)
+            and not (
+                name == "data"
+                and real_data(str(recorded.get(name)), there)
+                == real_data(str(identity.get(name)), Path())
+            )
         ]
         if differing:
             raise ValueError(
@@ -212,7 +230,7 @@ class RunDirectory:
             import fcntl
         except ModuleNotFoundError:
             return
-        file = open(self.path / LOCK_FILE, "a+")  # noqa: SIM115  # open as long as the lock is held
+        file = open(self.path / LOCK_FILE, "a+", encoding="utf8")  # noqa: SIM115  # open as long as the lock is held
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -292,7 +310,7 @@ class RunDirectory:
             partial.mkdir()
             model.save_pretrained(partial)
             torch.save(optimizer, partial / OPTIMIZER_FILE)
-            (partial / PROGRESS_FILE).write_text(json.dumps(progress))
+            (partial / PROGRESS_FILE).write_text(json.dumps(progress), encoding="utf8")
             for file in [*partial.iterdir(), partial]:
                 sync(file)
             if milestone:  # before the step counts as done, so that none is missed
@@ -353,27 +371,36 @@ class RunDirectory:
         """Append one line to the metrics log.  ``CheckpointError`` if it cannot be
         written.
         """
-        with self.writing("the log"), open(self.metrics, "a") as file:
+        with self.writing("the log"), open(self.metrics, "a", encoding="utf8") as file:
             file.write(json.dumps(record) + "\n")
 
     def log_evaluation(self, record: Mapping[str, Any]) -> None:
         """Append one line to the evaluations.  ``CheckpointError`` if it cannot be
         written.
         """
-        with self.writing("an evaluation"), open(self.evaluations, "a") as file:
+        with (
+            self.writing("an evaluation"),
+            open(self.evaluations, "a", encoding="utf8") as file,
+        ):
             file.write(json.dumps(record) + "\n")
 
     def log_timing(self, record: Mapping[str, Any]) -> None:
         """Append one line to the timing log.  ``CheckpointError`` if it cannot be
         written.
         """
-        with self.writing("the timing log"), open(self.timing, "a") as file:
+        with (
+            self.writing("the timing log"),
+            open(self.timing, "a", encoding="utf8") as file,
+        ):
             file.write(json.dumps(record) + "\n")
 
     def logged(self) -> list[dict[str, Any]]:
         """All records of the metrics log."""
         return (
-            [json.loads(line) for line in self.metrics.read_text().splitlines()]
+            [
+                json.loads(line)
+                for line in self.metrics.read_text(encoding="utf8").splitlines()
+            ]
             if self.metrics.exists()
             else []
         )
@@ -390,7 +417,7 @@ class RunDirectory:
     def summary(self) -> dict[str, Any] | None:
         """What a finished run wrote, or ``None``."""
         path = self.path / SUMMARY_FILE
-        return json.loads(path.read_text()) if path.is_file() else None
+        return json.loads(path.read_text(encoding="utf8")) if path.is_file() else None
 
 
 def read_checkpoint(path: Path) -> Checkpoint | None:
@@ -486,7 +513,9 @@ class PretrainResult:
 
     ``train_loss`` is the mean over the last epoch's steps, ``held_out_loss`` that of
     held-out pictures under fixed masks; ``expected`` the range of ``train_loss`` that
-    is normal for an unchanged preset, else ``None``.
+    is normal for an unchanged preset, else ``None``; ``unreadable`` is the number of
+    training pictures that could not be read, ``held_out_unreadable`` names those that
+    ``held_out_loss`` leaves out.
     """
 
     output_dir: Path
@@ -496,6 +525,7 @@ class PretrainResult:
     trivial: TrivialLoss
     expected: tuple[float, float] | None
     unreadable: int
+    held_out_unreadable: tuple[str, ...] = ()
 
 
 def result_of(run: RunDirectory) -> PretrainResult:
@@ -512,6 +542,7 @@ def result_of(run: RunDirectory) -> PretrainResult:
         TrivialLoss(**summary["trivial_loss"]),
         None if expected is None else (expected[0], expected[1]),
         summary["unreadable"],
+        tuple(summary.get("held_out_unreadable", ())),
     )
 
 
@@ -531,6 +562,11 @@ def describe(result: PretrainResult) -> list[str]:
     if result.unreadable:
         lines.append(
             f"unreadable pictures        {result.unreadable}, named above, replaced by others"
+        )
+    if result.held_out_unreadable:
+        lines.append(
+            f"unreadable held-out        {len(result.held_out_unreadable)}, left out of "
+            f"the held-out loss ({', '.join(result.held_out_unreadable[:3])})"
         )
     lines.append(
         f"saved in {result.output_dir}: model.safetensors, config.json, run.json, metrics.jsonl, {PICTURES_FILE}"

@@ -6,7 +6,7 @@ Book: :ref:`ch-first-training`.
 
 import io
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from crate_core.keys import evaluation_noise
+from crate_core.keys import Stream, random_generator
 from crate_core.model.autoencoder import MaskedAutoencoder, evaluation_mode
 from crate_core.model.config import FrameConfig
 from crate_core.model.patches import upsample
@@ -64,9 +64,8 @@ def trivial_loss(
 
     Book: :ref:`ch-first-training`.
     """
-    batches = images.split(64) if isinstance(images, Tensor) else images
     count, total, squares = 0, torch.zeros((), dtype=torch.float64), 0.0
-    for batch in batches:
+    for batch in in_batches(images, 64):
         targets = model.targets(model.standardize(batch)).double()
         count += len(targets)
         total = total + targets.sum(dim=0)
@@ -80,38 +79,57 @@ def trivial_loss(
     )
 
 
+def in_batches(images: Images | Iterable[Images], batch_size: int) -> Iterable[Images]:
+    """Pictures in one tensor as batches; batches as they are."""
+    return images.split(batch_size) if isinstance(images, Tensor) else images
+
+
+def masked_batches(
+    images: Images | Iterable[Images], batch_size: int, length: int, seed: int
+) -> Iterator[tuple[Images, PatchNoise]]:
+    """Batches with the noise (b, L) that fixes their masks: rows of one draw from
+    ``seed``, whatever the batches.
+    """
+    generator = random_generator(seed, Stream.EVALUATION_MASK, 0)
+    for batch in in_batches(images, batch_size):
+        yield batch, torch.rand(len(batch), length, generator=generator)
+
+
 @torch.no_grad()
 def held_out_loss(
     model: MaskedAutoencoder,
-    images: Images,
+    images: Images | Iterable[Images],
     mask_ratio: float,
     seed: int = 0,
     batch_size: int = 256,
 ) -> float:
-    """Mean loss of pictures (B, C, H, W) in [0, 1] under masks fixed by ``seed``, in
-    evaluation mode.
+    """Mean loss of pictures under masks fixed by ``seed``, in evaluation mode.
+
+    Parameters
+    ----------
+    model : used on its device.
+    images : (B, C, H, W) in [0, 1], or batches of them, which are read once.
+    mask_ratio : in [0, 1).
+    seed : of the masks.
 
     Book: :ref:`ch-first-training`.
     """
     with evaluation_mode(model):
         device = next(model.parameters()).device
         length = math.prod(model.config.grid)
-        noise = evaluation_noise(seed, len(images), length)
-        total = 0.0
-        for rows in torch.arange(len(images)).split(batch_size):
+        total, count = 0.0, 0
+        for pictures, noise in masked_batches(images, batch_size, length, seed):
             loss = model(
-                model.standardize(images[rows].to(device)),
-                mask_ratio,
-                noise[rows].to(device),
+                model.standardize(pictures.to(device)), mask_ratio, noise.to(device)
             ).loss
-            total += float(loss) * len(rows)
-    return total / len(images)
+            total, count = total + float(loss) * len(pictures), count + len(pictures)
+    return total / count
 
 
 @torch.no_grad()
 def reconstruction_by_ratio(
     model: MaskedAutoencoder,
-    images: Images,
+    images: Images | Iterable[Images],
     mean_picture: Tensor,
     mask_ratios: Sequence[float] = (0.25, 0.5, 0.75, 0.875),
     seed: int = 0,
@@ -127,7 +145,7 @@ def reconstruction_by_ratio(
     Parameters
     ----------
     model : used in evaluation mode, on its device.
-    images : (B, C, H, W) in [0, 1].
+    images : (B, C, H, W) in [0, 1], or batches of them, which are read once.
     mean_picture : (C, H, W) in [0, 1], of the training pictures: the prediction that
         needs no model.
     mask_ratios : each in (0, 1).
@@ -140,36 +158,44 @@ def reconstruction_by_ratio(
 
     Book: :ref:`ch-first-training`.
     """
+    length = math.prod(model.config.grid)
+    for ratio in mask_ratios:
+        if not 0 < length - int(length * (1 - ratio)) < length:
+            raise ValueError(
+                f"mask_ratio={ratio} must leave some of {length} patches visible and remove some"
+            )
+    # by ratio: loss, squared error of the model and of the mean picture, removed pixels
+    totals = np.zeros((len(mask_ratios), 4))
+    count = 0
     with evaluation_mode(model):
         device = next(model.parameters()).device
-        length = math.prod(model.config.grid)
-        noise = evaluation_noise(seed, len(images), length)
-        scores = []
-        for ratio in mask_ratios:
-            if not 0 < length - int(length * (1 - ratio)) < length:
-                raise ValueError(
-                    f"mask_ratio={ratio} must leave some of {length} patches visible and remove some"
-                )
-            loss = squared = mean_squared = pixels = 0.0
-            for rows in torch.arange(len(images)).split(batch_size):
-                pictures, masks = images[rows].to(device), noise[rows].to(device)
-                standardized = model.standardize(pictures)
-                loss += float(model(standardized, ratio, masks).loss) * len(rows)
-                # Visible pixels of the pasted picture are the input's, so their error is
-                # zero.
+        for batch, noise in masked_batches(images, batch_size, length, seed):
+            pictures, masks = batch.to(device), noise.to(device)
+            standardized = model.standardize(pictures)
+            mean_error = (mean_picture.to(device) - pictures).square()
+            count += len(pictures)
+            for sums, ratio in zip(totals, mask_ratios, strict=True):
+                # Visible pixels of the pasted picture are the input's, so their error
+                # is zero.
                 pasted = model.reconstruct(standardized, ratio, masks)
                 error = model.unstandardize(pasted.pasted).clamp(0, 1) - pictures
                 removed = removed_pixels(pasted.mask, model.config)
-                squared += float((error.square() * removed).sum())
-                mean_squared += float(
-                    ((mean_picture.to(device) - pictures).square() * removed).sum()
+                sums += (
+                    float(model(standardized, ratio, masks).loss) * len(pictures),
+                    float((error.square() * removed).sum()),
+                    float((mean_error * removed).sum()),
+                    float(removed.sum()) * pictures.shape[1],
                 )
-                pixels += float(removed.sum()) * pictures.shape[1]
-            psnr, mean_psnr = (
-                -10 * math.log10(total / pixels) for total in (squared, mean_squared)
-            )
-            scores.append(RatioScore(ratio, loss / len(images), psnr, mean_psnr))
-    return scores
+    return [
+        RatioScore(
+            ratio,
+            float(loss / count),
+            *(-10 * math.log10(total / pixels) for total in (squared, mean_squared)),
+        )
+        for ratio, (loss, squared, mean_squared, pixels) in zip(
+            mask_ratios, totals, strict=True
+        )
+    ]
 
 
 def removed_pixels(mask: PatchMask, config: FrameConfig) -> Tensor:

@@ -3,6 +3,7 @@
 import io
 import itertools
 import struct
+import warnings
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from PIL import Image, ImageCms, features
 from crate_core.data.pictures import (
     NOT_DECODED,
     TURNS,
+    DarkPictureWarning,
     UnreadableImageError,
     as_shown,
     formats,
@@ -179,7 +181,7 @@ def test_grey_of_many_bits_is_scaled_by_its_rule_or_refused(
     top, bottom = float(array.max()), float(array.min())
     white = {
         "i": None,
-        "h": 65535.0 if top == 0 or top > 4095 else None,
+        "h": 65535.0,
         "f": 1.0
         if bottom >= 0 and top <= 1
         else (255.0 if bottom >= 0 and 16 <= top <= 255 else None),
@@ -192,6 +194,21 @@ def test_grey_of_many_bits_is_scaled_by_its_rule_or_refused(
         np.testing.assert_allclose(
             np.asarray(as_shown(image), float), array * (255 / white), atol=0.51
         )
+
+
+@given(top=st.integers(0, 65535))
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_sixteen_bits_that_stay_dark_are_read_with_a_word(kind: str, top: int) -> None:
+    values = np.linspace(0, top, 12).astype(np.uint16).reshape(3, 4)
+    file = OneFile(saved(Image.fromarray(values), kind).getvalue())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        read, _ = (np.asarray(file.read(0), float) for _ in range(2))
+    np.testing.assert_allclose(read, values / 257, atol=0.51)
+    said = [str(w.message) for w in caught if w.category is DarkPictureWarning]
+    # 8, 10, 12 and 14 bits in sixteen are among them; one word a source
+    assert len(said) == (0 < top < 2**14)
+    assert all("the file 0" in line and str(top) in line for line in said)
 
 
 def test_a_picture_of_no_numbers_is_refused() -> None:

@@ -3,6 +3,7 @@ cannot be streamed.
 """
 
 import io
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from crate_core.data.streamed import StreamedBatches, StreamedPictures, stream_d
 from crate_core.model.config import CrateMAEConfig
 
 datasets = pytest.importorskip("datasets")
+DAMAGE = b"no image"
 COLOUR = CrateMAEConfig.preset("cifar10-tiny", image_size=8, dim=16, depth=1, heads=2)
 
 
@@ -27,7 +29,7 @@ def write(path: Path, count: int, first: int = 0, damaged: int = -1) -> None:
         buffer = io.BytesIO()
         Image.new("RGB", (9, 8), (i, 255 - i, 100)).save(buffer, format="PNG")
         rows.append(
-            {"bytes": b"no image" if i == damaged else buffer.getvalue(), "path": None}
+            {"bytes": DAMAGE if i == damaged else buffer.getvalue(), "path": None}
         )
     features = datasets.Features(
         {"image": datasets.Image(), "label": datasets.Value("int64")}
@@ -131,6 +133,8 @@ def test_a_damaged_row_is_named_once_and_replaced_by_another_of_its_batch(
         count.add(batch, said.append)
         assert batch.images.shape == (8, 3, 8, 8)
     assert len(said) == len(count.met) == 1
+    # by size and checksum: a shuffled stream has no row numbers
+    assert f"{len(DAMAGE)} bytes, CRC-32 {zlib.crc32(DAMAGE):08x}" in said[0]
     assert 20 not in colours(found)
 
 

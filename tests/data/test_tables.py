@@ -2,15 +2,17 @@
 
 import datetime
 import io
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from crate_core.data.named import class_numbers, hub_parts, image_column, open_data
+from crate_core.data.sources import HELD_OUT, held_out_split
 
 datasets = pytest.importorskip("datasets")
 pa = pytest.importorskip("pyarrow")
@@ -97,6 +99,26 @@ def test_tables_open_whatever_their_labels_hold(
             for label, row in zip(part.labels, part.indices, strict=True):
                 expected = "None" if label < 0 else classes[label]
                 assert expected == str(labels[row])
+
+
+label_columns = st.lists(
+    st.none() | st.integers(-1, 3) | st.sampled_from(["a", "b"]), min_size=24
+)
+
+
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(labels=st.none() | label_columns)
+def test_what_is_trained_on_does_not_depend_on_labels(
+    tmp_path: Path, labels: list | None
+) -> None:
+    columns = {} if labels is None else {"label": [str(v) for v in labels[:24]]}
+    with tempfile.TemporaryDirectory(dir=tmp_path) as folder:
+        data = open_data(
+            f"hf:{write(Path(folder) / 'x.parquet', image=cells(24), **columns)}"
+        )
+    expected = held_out_split(None, 24, HELD_OUT)
+    for part, rows in zip((data.train, data.held_out), expected, strict=True):
+        np.testing.assert_array_equal(part.indices, rows)
 
 
 def test_class_labels_keep_their_numbers(tmp_path: Path) -> None:

@@ -17,9 +17,9 @@ from PIL import Image
 import crate_core.evaluation.evaluate
 import crate_core.evaluation.probe
 from crate_core.cli import main
-from crate_core.data.batches import some_pictures
+from crate_core.data.batches import UnreadablePictureWarning, some_pictures
 from crate_core.data.named import open_data
-from crate_core.data.sources import ArrayImages, FileImages, ImageData
+from crate_core.data.sources import ArrayImages, FileImages, ImageData, SelectedImages
 from crate_core.evaluation.evaluate import (
     EVALUATION_FILE,
     evaluate,
@@ -100,14 +100,40 @@ def test_unreadable_pictures_leave_the_features_with_their_labels(
     for i, path in enumerate(paths):
         Image.new("L", (8, 8), 50 * i).save(path)
     paths[2].write_bytes(b"x")
-    features = encode(model, FileImages(paths, np.arange(5)))
-    assert features.unreadable == 1
+    source = FileImages(paths, np.arange(5))
+    with pytest.warns(UnreadablePictureWarning, match=r"1 of 5 .*left out.*2\.png"):
+        features = encode(model, source, max_unreadable=0.2)
+    assert len(features.unreadable) == 1
+    assert str(paths[2]) in features.unreadable[0]
+    assert features.indices.tolist() == [0, 1, 3, 4]
     assert features.labels.tolist() == [0, 1, 3, 4]
     np.testing.assert_allclose(
         features.pixels[:, 0], [0, 50 / 255, 150 / 255, 200 / 255]
     )
+    with pytest.raises(ValueError, match=r"1 of 5 pictures \(20\.0%\).*max_unreadable"):
+        encode(model, source, max_unreadable=0.19)
     with pytest.raises(ValueError, match="none of 1 pictures can be read"):
-        encode(model, FileImages([paths[2]], np.zeros(1, dtype=np.int64)))
+        encode(model, SelectedImages(source, np.array([2])), max_unreadable=1.0)
+
+
+def test_probes_judge_what_can_be_read_and_name_the_rest(model: CrateMAE) -> None:
+    class Damaged(ArrayImages):
+        def decode(self, index: int) -> torch.Tensor:
+            if index % 25 == 0:
+                raise OSError("damaged")
+            return super().decode(index)
+
+    data = replace(STRIPES, held_out=Damaged(*vars(STRIPES.held_out).values()))
+    with pytest.warns(UnreadablePictureWarning, match=r"2 of 40 held-out") as caught:
+        scores = linear_probes(model, data, seeds=[0])
+    assert sum(w.category is UnreadablePictureWarning for w in caught) == 1
+    kept = SelectedImages(
+        STRIPES.held_out, np.array([i for i in range(40) if i % 25 != 0])
+    )
+    expected = linear_probes(model, replace(STRIPES, held_out=kept), seeds=[0])
+    assert scores == expected
+    with pytest.raises(ValueError, match=r"held-out pictures.*max_unreadable"):
+        linear_probes(model, data, seeds=[0], max_unreadable=0.01)
 
 
 def test_pixels_of_large_pictures_are_averaged() -> None:
@@ -247,6 +273,13 @@ def test_reconstruction_scores_are_their_definitions(normalize: bool) -> None:
     assert held_out_loss(model, images, 0.5, seed=2, batch_size=11) == pytest.approx(
         score.loss, rel=1e-5
     )
+    # batches that come one after the other have the masks of the whole
+    by_sizes = images.split([1, 13, 16])
+    assert held_out_loss(model, iter(by_sizes), 0.5, seed=2) == pytest.approx(
+        score.loss, rel=1e-5
+    )
+    (again,) = reconstruction_by_ratio(model, iter(by_sizes), mean, [0.5], seed=2)
+    assert again.psnr == pytest.approx(score.psnr, abs=1e-4)
 
 
 def test_removed_pixels_are_those_of_removed_patches() -> None:

@@ -2,6 +2,7 @@
 refuses.
 """
 
+import copy
 import math
 from dataclasses import replace
 from typing import Any
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crate_core.data.batches import StepBatches
+from crate_core.data.batches import StepBatches, UnreadablePictureWarning
 from crate_core.data.sources import ArrayImages, ImageData
 from crate_core.data.transforms import augmented
 from crate_core.evaluation.finetune import (
@@ -267,6 +268,66 @@ def test_labels_follow_their_pictures() -> None:
     ).all()
 
 
+class Damaged(ArrayImages):
+    """One picture in thirty cannot be read."""
+
+    def decode(self, index: int) -> torch.Tensor:
+        if index % 30 == 7:
+            raise OSError("damaged")
+        return super().decode(index)
+
+
+def test_pictures_that_cannot_be_read_are_named_and_leave_the_denominator() -> None:
+    train, held_out = (
+        Damaged(part.images, part.labels) for part in (STRIPES.train, STRIPES.held_out)
+    )
+    data = replace(STRIPES, train=train, held_out=held_out)
+    lines: list[str] = []
+    with pytest.warns(UnreadablePictureWarning) as caught:
+        result = finetune(fresh_model(CRATE, 0), data, QUICK, lines.append)
+    said = [str(w.message) for w in caught if w.category is UnreadablePictureWarning]
+    assert [line.split(" cannot")[0] for line in said] == [
+        "2 of 40 held-out pictures",
+        "2 of 60 training pictures",
+    ]
+    assert result.held_out == 38
+    assert lines[-1].endswith("on 38 pictures")
+    # both parts have a picture 7 and a picture 37
+    assert [name.split(":")[0] for name in result.unreadable] == 2 * [
+        "picture 7",
+        "picture 37",
+    ]
+    assert result.to_dict()["held_out"] == 38
+    with pytest.warns(UnreadablePictureWarning, match="2 of 40"):
+        share = accuracy(result.classifier, held_out)
+    assert (share * 38) % 1 == pytest.approx(0, abs=1e-9)
+
+
+def test_too_many_that_cannot_be_read_are_found_before_the_first_step() -> None:
+    data = replace(
+        STRIPES, held_out=Damaged(STRIPES.held_out.images, STRIPES.held_out.labels)
+    )
+    model = fresh_model(CRATE, 0)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"held-out pictures .* cannot be read"):
+        finetune(model, data, replace(QUICK, max_unreadable=0.02))
+    assert all(torch.equal(model.state_dict()[n], before[n]) for n in before)
+
+
+def test_compiling_without_a_compiler_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    builder = pytest.importorskip("torch._inductor.cpp_builder")
+    error = pytest.importorskip("torch._inductor.exc").InvalidCxxCompiler
+
+    def none() -> str:
+        raise error
+
+    monkeypatch.setattr(builder, "get_cpp_compiler", none)
+    with pytest.raises(ValueError, match="C\\+\\+ compiler"):
+        finetune(fresh_model(CRATE, 0), STRIPES, replace(QUICK, compile=True))
+
+
 def test_a_loss_that_is_not_finite_stops() -> None:
     pictures = STRIPES.train.images.clone()
     pictures[:] = math.nan
@@ -288,6 +349,7 @@ def test_a_loss_that_is_not_finite_stops() -> None:
         ({"label_smoothing": 1.0}, "label_smoothing=1.0"),
         ({"betas": (0.9, 1.0)}, "betas="),
         ({"weight_decay": -1.0}, "weight_decay=-1.0"),
+        ({"max_unreadable": 1.5}, "max_unreadable=1.5"),
     ],
 )
 def test_values_out_of_range_are_named(fields: dict[str, Any], message: str) -> None:

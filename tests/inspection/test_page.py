@@ -8,6 +8,7 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -182,6 +183,43 @@ def test_falls_counts_steps_of_the_means() -> None:
         falls(np.array([[3.0, 2.0, 2.5], [3.0, 4.0, 2.5]]))
         == "falls in 1 of 2 steps from layer to layer"
     )
+
+
+# -- another device
+
+
+class NoDouble(torch.Tensor):
+    """Tensors that refuse float64 until they are on the CPU, as Apple's MPS does; so
+    does all that follows from them.
+    """
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        found = super().__torch_function__(func, types, args, kwargs)
+        if func is torch.Tensor.cpu or (
+            func is torch.Tensor.to and "cpu" in (*args, *(kwargs or {}).values())
+        ):
+            return found.as_subclass(torch.Tensor)
+        for tensor in found if isinstance(found, tuple | list) else (found,):
+            if isinstance(tensor, cls) and tensor.dtype == torch.float64:
+                raise TypeError("the MPS framework doesn't support float64")
+        return found
+
+
+@pytest.mark.parametrize("config", [DIGITS, VIT], ids=["crate", "vit"])
+def test_no_float64_where_the_device_has_none(config: FrameConfig) -> None:
+    with pytest.raises(TypeError, match="float64"):
+        torch.ones(2).as_subclass(NoDouble).double()
+    model = fresh_model(config, 0)
+    for module in model.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            own = weight.data.as_subclass(NoDouble)
+            module._parameters[name] = torch.nn.Parameter(own, requires_grad=False)
+    images = shipped_pictures(config, 6)
+    assert isinstance(model(images, 0.5).loss, NoDouble)
+    assert "Coding rates" in inspection_report(model, images, "x", seeds=[0])
 
 
 # -- the command

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import ENVIRONMENT, ROOT, contents, snapshot, tiny, train
+from PIL import Image
+from tiny_runs import ENVIRONMENT, FLAGS, ROOT, contents, snapshot, tiny, train
 
 from crate_core.cli import main
 from crate_core.training.run_directory import RunDirectory
@@ -43,6 +44,42 @@ def uncut(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train(tiny(path))
     torch.set_num_threads(threads)
     return path
+
+
+def test_a_run_that_is_ended_has_its_log_in_the_file(tmp_path: Path) -> None:
+    """What a time limit does to a run whose output goes to a file: names of skipped
+    pictures are there while it runs, and no progress bar.
+    """
+    for part, count in (("train", 40), ("val", 4)):
+        folder = tmp_path / "d" / part / "a"
+        folder.mkdir(parents=True)
+        for i in range(count):
+            Image.new("L", (8, 8), 6 * i).save(folder / f"{i}.png")
+    bad = [tmp_path / "d" / "train" / "a" / f"bad{i}.png" for i in range(4)]
+    for path in bad:
+        path.write_bytes(b"x")
+    command = [sys.executable, "-m", "crate_core.cli", "pretrain", *FLAGS]
+    command += ["--data", f"folder:{tmp_path / 'd'}", "--epochs", "100000"]
+    said, errors = tmp_path / "o.txt", tmp_path / "e.txt"
+    environment = {k: v for k, v in ENVIRONMENT.items() if k != "PYTHONUNBUFFERED"}
+    with open(said, "wb") as out, open(errors, "wb") as err:
+        process = subprocess.Popen(
+            [*command, "--output-dir", str(tmp_path / "run")],
+            env=environment, cwd=ROOT, stdout=out, stderr=err,
+        )  # fmt: skip
+        end = time.monotonic() + 200
+        while (
+            process.poll() is None
+            and time.monotonic() < end
+            and said.read_text().count("skipped") < len(bad)
+        ):
+            time.sleep(0.05)
+        running = process.poll() is None
+        process.terminate()
+        process.wait()
+    assert running
+    assert all(f"{path}: cannot identify" in said.read_text() for path in bad)
+    assert errors.read_text() == ""
 
 
 DRIVER = """

@@ -282,6 +282,8 @@ def test_a_sharded_run_shows_what_others_show(two: Path) -> None:
 def test_the_same_command_under_both_launchers(
     tmp_path: Path, launcher: list[str]
 ) -> None:
+    # without a GPU several processes meet on the CPU, asked for or not
+    asked = launcher[0].startswith("accelerate") or torch.cuda.is_available()
     command = [
         sys.executable,
         "-m",
@@ -289,7 +291,7 @@ def test_the_same_command_under_both_launchers(
         "-m",
         "crate_core.cli",
         "pretrain",
-        *FLAGS,
+        *(FLAGS if asked else FLAGS[2:]),
     ]
     command += ["--max-steps", "2", "--output-dir", str(tmp_path / "run")]
     done = subprocess.run(
