@@ -35,11 +35,11 @@ from crate_core.shapes import Images, PictureVectors, Tokens
 from crate_core.training.checks import (
     check_betas,
     check_choice,
+    check_compiler,
     check_flag,
     check_integer,
     check_number,
 )
-from crate_core.training.devices import check_compiler
 from crate_core.training.pretrain import TrainingDivergedError
 from crate_core.training.recipe import warmup_cosine
 

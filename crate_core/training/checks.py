@@ -11,6 +11,8 @@ from numbers import Integral, Real
 from os import PathLike
 from typing import Any
 
+import torch
+
 
 def require(record: Any, name: str, ok: bool, accepted: str) -> None:
     """``ValueError`` that names a field, its value and what is accepted, unless ``ok``."""
@@ -102,3 +104,21 @@ def check_betas(record: Any, name: str) -> None:
     )
     require(record, name, ok, "two numbers in [0, 1)")
     store(record, name, (float(value[0]), float(value[1])))
+
+
+def check_compiler(device: torch.device) -> None:
+    """``ValueError`` if ``torch.compile`` would find no C++ compiler, which it needs on
+    a CPU.
+    """
+    if device.type != "cpu":
+        return
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise ValueError(
+            "compile needs a C++ compiler (g++, or the one that CXX names), and there "
+            "is none: install one, or leave out --compile"
+        ) from error

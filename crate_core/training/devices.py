@@ -84,24 +84,6 @@ def company(threads: int | None = None) -> str | None:
     )
 
 
-def check_compiler(device: torch.device) -> None:
-    """``ValueError`` if ``torch.compile`` would find no C++ compiler, which it needs on
-    a CPU.
-    """
-    if device.type != "cpu":
-        return
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler as error:
-        raise ValueError(
-            "compile needs a C++ compiler (g++, or the one that CXX names), and there "
-            "is none: install one, or leave out --compile"
-        ) from error
-
-
 def distribute(
     model: MaskedAutoencoder, config: PretrainConfig, accelerator: Accelerator
 ) -> tuple[nn.Module, torch.optim.Optimizer]:

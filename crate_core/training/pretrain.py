@@ -45,8 +45,8 @@ from crate_core.model.autoencoder import MaskedAutoencoder
 from crate_core.model.build import fresh_model
 from crate_core.records import device_name, provenance, write_json
 from crate_core.shapes import Pictures
+from crate_core.training.checks import check_compiler
 from crate_core.training.devices import (
-    check_compiler,
     clip_gradient,
     company,
     distribute,

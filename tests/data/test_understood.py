@@ -25,7 +25,7 @@ from crate_core.data.understood import contact_sheet, readable, understood, with
 from crate_core.evaluation.evaluate import evaluate, run_data
 from crate_core.model.config import CrateMAEConfig
 from crate_core.model.crate import CrateMAE
-from crate_core.training.devices import check_compiler
+from crate_core.training.checks import check_compiler
 from crate_core.training.run_directory import sync
 from crate_core.training.yardsticks import trivial_loss
 
