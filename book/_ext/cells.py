@@ -6,7 +6,7 @@
 * A claim is one element: `claim(...)` never shows in a cell's code; its check goes into
   the fold of its box, with the hidden code before it.  A cell of claims alone shows no
   code.  Each box links to itself and to its row of the ledger.
-* Minor claims that follow each other in a cell share one folded box.
+* Minor claims that follow each other in a cell share one folded box; one is a line.
 
 Folds have names of their own ("Code of this figure: fig-flow-time"), for those who hear
 them in a list.  What Jupyter shows is not changed; neither is any other output format.
@@ -139,17 +139,14 @@ def group_minor(outputs: nodes.Element) -> None:
             runs.append([])
     for run in filter(None, runs):
         count = sum(len(read_boxes(html_of(node))) for node in run)
-        first = read_boxes(html_of(run[0]))[0][0]
-        words = "one statement" if count == 1 else f"{count} statements"
-        start = outputs.index(run[0])
-        outputs.insert(
-            start,
-            raw(
-                '<details class="claims-minor"><summary>Also checked here: '
-                f'{words}<span class="claim-of"> ({html.escape(first)}'
-                f"{'' if count == 1 else ' and more'})</span></summary>"
-            ),
+        if count == 1:
+            continue  # one line as it is
+        first = html.escape(read_boxes(html_of(run[0]))[0][0])
+        opening = (
+            f'<details class="claims-minor"><summary>Also checked here: {count} '
+            f'statements<span class="claim-of"> ({first} and more)</span></summary>'
         )
+        outputs.insert(outputs.index(run[0]), raw(opening))
         outputs.insert(outputs.index(run[-1]) + 1, raw("</details>"))
 
 

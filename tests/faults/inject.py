@@ -5,8 +5,8 @@
     python tests/faults/inject.py --report           the table, from what has run
 
 Each fault (faults.py) goes into a copy of the repository.  There its file's unit tests
-run, then the chapters that import the file, the chapter about it first; unless
-`--every`, no more chapters run once a claim has noticed.  A fault is noticed by a claim
+run, then the chapters about the file until a claim notices; with `--every`, all of them
+and every other chapter that imports it.  A fault is noticed by a claim
 when one that holds without the fault is refused or does not run to its end in time.  It
 is noticed by a cell when the cell stops with an error.
 
@@ -85,8 +85,11 @@ def tests_of(file: str) -> list[str]:
     return [f"tests/{test}" for test in TESTS.get(file, [f"{folder}/test_{name}"])]
 
 
-def chapters_of(file: str) -> list[str]:
-    """The chapters that run a file: those about it, then those that import it."""
+def chapters_of(file: str, every: bool) -> list[str]:
+    """The chapters about a file, and with `every` those that import it after them."""
+    home = [name for name in HOME.get(file, []) if (ROOT / f"book/{name}.md").is_file()]
+    if home and not every:
+        return home
     package = Package("crate_core", ROOT / "crate_core")
     module = "crate_core." + file.removesuffix(".py").replace("/", ".")
     found = []
@@ -221,7 +224,9 @@ class Injection:
         """Put one fault in, run tests and chapters, take it out."""
         target, original = copy / "crate_core" / fault.file, ROOT / "crate_core"
         source = (original / fault.file).read_text(encoding="utf8")
-        sound = {name: self.sound(copy, name) for name in chapters_of(fault.file)[:1]}
+        sound = {
+            name: self.sound(copy, name) for name in chapters_of(fault.file, every)[:1]
+        }
         target.write_text(fault.break_source(source), encoding="utf8")
         try:
             tests = [ROOT / path for path in tests_of(fault.file)]
@@ -230,7 +235,7 @@ class Injection:
                 digest(original / fault.file, *tests),
                 lambda: run_tests(copy, fault.file, self.limit),
             )
-            for name in chapters_of(fault.file):
+            for name in chapters_of(fault.file, every):
                 if name not in sound:
                     target.write_text(source, encoding="utf8")
                     sound[name] = self.sound(copy, name)
@@ -256,7 +261,7 @@ class Injection:
             if tests is None:
                 continue
             by, stopped, ran = [], [], []
-            for name in chapters_of(fault.file):
+            for name in chapters_of(fault.file, every=True):
                 run = self.state.get(f"{fault.name} | {name}")
                 sound = self.state.get(f"sound | {name}")
                 if run is None or sound is None:

@@ -32,7 +32,10 @@ def test_a_line_that_is_gone_or_there_twice_is_refused() -> None:
 def test_faults_are_told_apart_and_have_tests_and_chapters() -> None:
     assert len({fault.name for fault in FAULTS}) == len(FAULTS)
     for file in {fault.file for fault in FAULTS}:
-        assert inject.chapters_of(file), file
+        assert inject.chapters_of(file, every=False), file
+        assert set(inject.chapters_of(file, every=False)) <= set(
+            inject.chapters_of(file, every=True)
+        )
         assert [
             path for path in inject.tests_of(file) if not (ROOT / path).is_file()
         ] == []
