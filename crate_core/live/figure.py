@@ -17,12 +17,20 @@ import matplotlib.pyplot as plt
 from IPython.display import display
 
 from crate_core.companion import use_style
-from crate_core.live import attention, denoise_compress, flow, ista, model, window
+from crate_core.live import (
+    attention,
+    denoise_compress,
+    flow,
+    ista,
+    layer,
+    model,
+    window,
+)
 from crate_core.live.parts import LiveFigure
 
 FIGURES: dict[str, LiveFigure] = {
     module.FIGURE.name: module.FIGURE
-    for module in (denoise_compress, attention, ista, flow, window, model)
+    for module in (denoise_compress, attention, ista, flow, window, layer, model)
 }
 """Every live figure of the book by its name."""
 
