@@ -43,11 +43,11 @@ def check_labels(z: Tokens, bases: Bases, labels: Labels) -> None:
 def noise_direction(
     z: Tokens, bases: Bases, labels: Labels, *, within_span: bool = False
 ) -> Tokens:
-    r"""The part of each token outside its own subspace, :math:`z_i - U_{s_i}
-    U_{s_i}^\top z_i`.
+    r"""The part of each token outside its own subspace, :math:`z_i - U_{k_i}
+    U_{k_i}^\top z_i`.
 
     Subtracting it projects the token on its subspace.  With ``within_span`` only what
-    lies in the span of all the subspaces, :math:`r_i = \sum_{k \ne s_i} U_k U_k^\top
+    lies in the span of all the subspaces, :math:`r_i = \sum_{k \ne k_i} U_k U_k^\top
     z_i`: all that the gradient of R^c can ever see.
 
     Parameters
@@ -83,7 +83,7 @@ def noise_direction(
 
 def denoising_cosine(z: Tokens, bases: Bases, labels: Labels, eps: float) -> PerToken:
     r"""Cosine between :math:`\nabla_{z_i} R^c` and the noise direction :math:`z_i -
-    U_{s_i} U_{s_i}^\top z_i`.
+    U_{k_i} U_{k_i}^\top z_i`.
 
     One: a step against the gradient moves the token straight towards its subspace.
 
@@ -154,12 +154,9 @@ def compression_error(z: Tokens, bases: Bases, labels: Labels, eps: float) -> Pe
 def compression_bound(z: Tokens, bases: Bases, labels: Labels, eps: float) -> PerToken:
     r"""Upper bound of :func:`compression_error` for every token,
 
-    .. math:: \sqrt{\Big(\frac{1+\beta e^2}{\beta\, d_i \|r_i\|}\Big)^2 + \big(\eta_i + \beta e^2\big)^2},
+    .. math:: \sqrt{\Big(\frac{1+\beta b^2}{\beta\, \mathrm{dist}_i \|r_i\|}\Big)^2 + \big(o_i + \beta b^2\big)^2} .
 
-    with e the largest spectral norm of a head's coordinates of tokens that are not its
-    own, :math:`d_i` the distance of a token's own coordinates from the span of those of
-    its class mates, and :math:`\eta_i` the share of :math:`r_i` that lies in the ranges
-    of the other heads' own tokens.
+    The terms are explained in :func:`compression_bound_terms`.
 
     Parameters
     ----------
@@ -184,6 +181,47 @@ def compression_bound(z: Tokens, bases: Bases, labels: Labels, eps: float) -> Pe
 
     Book: :ref:`ch-compression-denoising`, :prf:ref:`thm-cd-bound`.
     """
+    own, occupied, mistaken = compression_bound_terms(z, bases, labels, eps)
+    return torch.hypot((1 + mistaken) * own, occupied + mistaken)
+
+
+def compression_bound_terms(
+    z: Tokens, bases: Bases, labels: Labels, eps: float
+) -> tuple[PerToken, PerToken, float]:
+    r"""The three numbers of :func:`compression_bound`,
+
+    .. math:: \frac1{\beta\, \mathrm{dist}_i \|r_i\|}, \qquad o_i, \qquad \beta b^2 :
+
+    how much of the own signal is in the gradient, against the noise
+    (:math:`\mathrm{dist}_i` is the distance of a token's own coordinates from the span
+    of those of its class mates); the root of the share of the noise :math:`r_i` that
+    lies in the ranges of the other heads' own tokens; and how far noise counts as
+    occupying a head (b is the largest spectral norm of a head's coordinates of tokens
+    that are not its own).
+
+    Parameters
+    ----------
+    z : tensor (n, d)
+        Tokens as rows, no batch.
+    bases : tensor (K, d, p)
+        Orthonormal bases of mutually orthogonal subspaces.
+    labels : tensor (n,)
+        Own subspace of each token.
+    eps : float
+        Coding precision, > 0.
+
+    Returns
+    -------
+    tuple of tensor (n,), tensor (n,), float
+        The first is infinite where the bound is.
+
+    Raises
+    ------
+    ValueError
+        As :func:`compression_bound`.
+
+    Book: :ref:`ch-compression-denoising`, :prf:ref:`thm-cd-bound`.
+    """
     if z.ndim != 2:
         raise ValueError(
             f"the bound takes one set of tokens (n, d), got {tuple(z.shape)}"
@@ -195,7 +233,7 @@ def compression_bound(z: Tokens, bases: Bases, labels: Labels, eps: float) -> Pe
     r_norm = noise_direction(z, bases, labels, within_span=True).norm(dim=-1)
     distance = torch.zeros_like(r_norm)
     seen_squared = torch.zeros_like(r_norm)
-    e = 0.0
+    largest = 0.0
     for k, coordinates in enumerate(v):
         own = labels == k
         others = coordinates[~own]
@@ -203,11 +241,12 @@ def compression_bound(z: Tokens, bases: Bases, labels: Labels, eps: float) -> Pe
             q, distance[own] = _range_and_distances(coordinates[own])
             seen_squared[~own] += (others @ q).square().sum(-1)
         if len(others):
-            e = max(e, float(torch.linalg.matrix_norm(others, ord=2)))
-    leak = 1 + beta * e**2
-    own_block = leak / (beta * distance * r_norm)
-    other_blocks = seen_squared.sqrt() / r_norm + beta * e**2
-    return torch.hypot(own_block, other_blocks)
+            largest = max(largest, float(torch.linalg.matrix_norm(others, ord=2)))
+    return (
+        1 / (beta * distance * r_norm),
+        seen_squared.sqrt() / r_norm,
+        beta * largest**2,
+    )
 
 
 def _range_and_distances(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -219,18 +258,18 @@ def _range_and_distances(rows: Tensor) -> tuple[Tensor, Tensor]:
     kept = singular > singular[0] * max(rows.shape) * torch.finfo(rows.dtype).eps
     if int(kept.sum()) < count:
         return right[kept].mT, rows.new_zeros(count)
-    # 1/d_i^2 is entry (i, i) of the inverse Gram matrix
+    # 1/dist_i^2 is entry (i, i) of the inverse Gram matrix
     return right.mT, (left / singular).norm(dim=-1).reciprocal()
 
 
 def contraction_bound(z: Tokens, bases: Bases, eps: float) -> tuple[Tensor, Tensor]:
-    r"""How close the gradient is to a pure contraction of the tokens: factor m and
+    r"""How close the gradient is to a pure contraction of the tokens: factor theta and
     relative deviation delta in
 
-    .. math:: \nabla R^c / \beta = m\,(P Z + \Delta), \quad \|\Delta_i\| \le \delta \|P z_i\|, \qquad
-              \delta = \frac{\beta (c_+ - c_-)}{2 + \beta (c_+ + c_-)},
+    .. math:: \nabla R^c / \beta = \theta\,(P Z + \Delta), \quad \|\Delta_i\| \le \delta \|P z_i\|, \qquad
+              \delta = \frac{\beta (\mu_+ - \mu_-)}{2 + \beta (\mu_+ + \mu_-)},
 
-    where :math:`c_\pm` are the extreme eigenvalues of all :math:`V_k V_k^\top` (p x p)
+    where :math:`\mu_\pm` are the extreme eigenvalues of all :math:`V_k V_k^\top` (p x p)
     and :math:`P` projects on the span of the subspaces.
 
     Parameters
@@ -245,7 +284,7 @@ def contraction_bound(z: Tokens, bases: Bases, eps: float) -> tuple[Tensor, Tens
     Returns
     -------
     tuple of tensors (...)
-        m in (0, 1] and delta in [0, 1).
+        theta in (0, 1] and delta in [0, 1).
 
     Raises
     ------
@@ -273,13 +312,14 @@ def denoising_cosine_law(
     r"""Random-matrix prediction of :func:`denoising_cosine` for n tokens of a balanced
     mixture,
 
-    .. math:: \cos = \sqrt{m\,(1+\beta\gamma S)}\; \frac{\rho\, q_2}{\sqrt{t_1 q_1^2 + \rho^2 q_2^2}}
+    .. math:: \cos = \frac{\bar\mu}{\sqrt{\overline{\mu^2}}}\;
+              \frac{\sqrt{(K-1)\,t_2}\; q_2}{\sqrt{t_1 q_1^2 + (K-1)\,t_2 q_2^2}}
               \sqrt{\frac{(K-1)\,p}{d-p}},
 
-    with :math:`t_2 = \sigma^2 p`, :math:`t_1 = 1 + t_2`, :math:`q_i = 1/(1+\beta t_i
-    m)`, :math:`\rho^2 = (K-1)\,t_2`, :math:`\gamma = n/(Kp)`, :math:`S = t_1 q_1^2 +
-    (K-1)\, t_2 q_2^2`, and m the solution of :math:`m = 1/(1+\beta\gamma[t_1 q_1 +
-    (K-1)\, t_2 q_2])`.
+    with the load :math:`\chi = n/(Kp)`, :math:`t_2 = \sigma^2 p`, :math:`t_1 = 1 + t_2`,
+    :math:`q_i = 1/(1+\beta t_i \bar\mu)`, :math:`S = t_1 q_1^2 + (K-1)\, t_2 q_2^2`,
+    :math:`\overline{\mu^2} = \bar\mu/(1+\beta\chi S)`, and :math:`\bar\mu` the solution
+    of :math:`\bar\mu = 1/(1+\beta\chi[t_1 q_1 + (K-1)\, t_2 q_2])`.
 
     A heuristic (a deterministic equivalent for n, d, p large together), no theorem.
     The model: mutually orthogonal subspaces, signal of unit mean squared norm spread
@@ -316,23 +356,23 @@ def denoising_cosine_law(
             f"need K >= 2 and K p <= d, got dim={dim}, components={components}, rank={rank}"
         )
     beta = subspace_beta(n, rank, eps)
-    gamma = n / (components * rank)
+    load = n / (components * rank)
     t2 = sigma**2 * rank
     t1 = 1 + t2
-    rho_squared = (components - 1) * t2
-    # x = beta m solves x/beta + gamma (t1 x/(1+t1 x) + rho^2 x/(1+t2 x)) = 1:
+    other_t2 = (components - 1) * t2
+    # x = beta mean(mu) solves x/beta + load (t1 x/(1+t1 x) + (K-1) t2 x/(1+t2 x)) = 1:
     # increasing in x, bisected in log x.
-    low, high = 1 / (1 / beta + gamma * (t1 + rho_squared)), beta
+    low, high = 1 / (1 / beta + load * (t1 + other_t2)), beta
     for _ in range(100):
         x = math.sqrt(low * high)
-        total = x / beta + gamma * (
-            t1 * x / (1 + t1 * x) + rho_squared * x / (1 + t2 * x)
+        total = x / beta + load * (
+            t1 * x / (1 + t1 * x) + other_t2 * x / (1 + t2 * x)
         )
         low, high = (x, high) if total < 1 else (low, x)
     m = x / beta
     q1, q2 = 1 / (1 + t1 * x), 1 / (1 + t2 * x)
-    energy = t1 * q1**2 + rho_squared * q2**2
+    energy = t1 * q1**2 + other_t2 * q2**2
     visible = math.sqrt((components - 1) * rank / (dim - rank))
     return (
-        visible * math.sqrt(m * (1 + beta * gamma * energy) * rho_squared / energy) * q2
+        visible * math.sqrt(m * (1 + beta * load * energy) * other_t2 / energy) * q2
     )
