@@ -365,14 +365,10 @@ def denoising_cosine_law(
     low, high = 1 / (1 / beta + load * (t1 + other_t2)), beta
     for _ in range(100):
         x = math.sqrt(low * high)
-        total = x / beta + load * (
-            t1 * x / (1 + t1 * x) + other_t2 * x / (1 + t2 * x)
-        )
+        total = x / beta + load * (t1 * x / (1 + t1 * x) + other_t2 * x / (1 + t2 * x))
         low, high = (x, high) if total < 1 else (low, x)
     m = x / beta
     q1, q2 = 1 / (1 + t1 * x), 1 / (1 + t2 * x)
     energy = t1 * q1**2 + other_t2 * q2**2
     visible = math.sqrt((components - 1) * rank / (dim - rank))
-    return (
-        visible * math.sqrt(m * (1 + beta * load * energy) * other_t2 / energy) * q2
-    )
+    return visible * math.sqrt(m * (1 + beta * load * energy) * other_t2 / energy) * q2

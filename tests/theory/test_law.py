@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from crate_core.theory.law import (
     compression_bound,
+    compression_bound_terms,
     compression_error,
     contraction_bound,
     denoising_cosine,
@@ -86,6 +87,42 @@ def test_the_error_of_every_token_is_below_the_bound(configuration):
     error = compression_error(s.tokens, mix.bases, s.labels, eps)
     bound = compression_bound(s.tokens, mix.bases, s.labels, eps)
     assert bool((error <= bound * (1 + 1e-8)).all())
+
+
+@given(configurations())
+@settings(max_examples=30)
+def test_the_bound_and_its_terms_follow_the_letter_of_the_theorem(configuration):
+    *sizes, noise, eps = configuration
+    mix, s = draw_tokens(*sizes, noise)
+    z, labels, bases = s.tokens, s.labels, mix.bases
+    beta = bases.shape[2] / (len(z) * eps**2)
+    mistaken = beta * max(
+        float(torch.linalg.matrix_norm(z[labels != k] @ u, ord=2)) ** 2
+        for k, u in enumerate(bases)
+    )
+    own, occupied = [], []
+    for i, k in enumerate(labels.tolist()):
+        others = (labels == k) & (torch.arange(len(z)) != i)
+        mates, v = z[others] @ bases[k], z[i] @ bases[k]
+        distance = (v - torch.linalg.pinv(mates) @ mates @ v).norm()
+        noise_squared, seen_squared = 0.0, 0.0
+        for j, u in enumerate(bases):
+            if j != k:
+                x, used = z[i] @ u, z[labels == j] @ u
+                noise_squared += x @ x
+                seen_squared += (torch.linalg.pinv(used) @ used @ x).square().sum()
+        own.append(1 / (beta * distance * noise_squared**0.5))
+        occupied.append((seen_squared / noise_squared) ** 0.5)
+    own, occupied = torch.stack(own), torch.stack(occupied)
+    terms = compression_bound_terms(z, bases, labels, eps)
+    for found, wanted in zip(terms, (own, occupied, mistaken), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(
+        compression_bound(z, bases, labels, eps),
+        torch.hypot((1 + mistaken) * own, occupied + mistaken),
+        rtol=1e-5,
+        atol=1e-9,
+    )
 
 
 def test_the_bound_is_tight_and_vanishes_in_the_window():
