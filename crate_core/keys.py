@@ -23,7 +23,7 @@ class Stream(IntEnum):
 
 
 def random_key(*numbers: int) -> int:
-    """A 63-bit seed from nonnegative integers, well mixed (numpy's ``SeedSequence``)."""
+    """A 63-bit seed mixed from nonnegative integers by numpy's ``SeedSequence``."""
     return int(
         np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1)
     )
@@ -46,7 +46,7 @@ def mask_noise(
 
 
 def evaluation_noise(seed: int, count: int, length: int) -> PatchNoise:
-    """Uniform noise (count, length) in [0, 1) that fixes the masks of held-out pictures:
-    a function of the seed, apart from every training step's.
+    """Uniform noise (count, length) in [0, 1) that fixes the masks of held-out
+    pictures: a function of the seed, apart from every training step's.
     """
     return mask_noise(seed, 0, count, length, Stream.EVALUATION_MASK)

@@ -51,8 +51,9 @@ def atomic_write(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON whole or not at all.  ``ValueError`` for NaN and infinities, which
-    JSON does not have.
+    """Write JSON whole or not at all.
+
+    ``ValueError`` for NaN and infinities, which JSON does not have.
     """
     atomic_write(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
 
@@ -84,8 +85,9 @@ def git_commit() -> str:
 
 
 def provenance(command: str, device: str) -> dict[str, Any]:
-    """Where a number comes from: command, commit, device, versions, time (UTC).  Names
-    no machine and no path.
+    """Where a number comes from: command, commit, device, versions, time (UTC).
+
+    Names no machine and no path.
     """
 
     def version(package: str) -> str:
@@ -108,9 +110,7 @@ def provenance(command: str, device: str) -> dict[str, Any]:
 
 
 def device_name(device: torch.device) -> str:
-    """A device in words: the GPU's name, or the processor's architecture and core
-    count.
-    """
+    """A device in words: the GPU's name, or architecture and cores of the processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cores = (

@@ -21,7 +21,8 @@ from crate_core.theory.rate import (
 def attention_weights(v: Heads, scale: float) -> AttentionWeights:
     r"""Softmax over tokens of scaled inner products in each subspace, as rows,
 
-    .. math:: A_k = \mathrm{softmax}\big(\alpha\, V_k V_k^\top\big), \qquad A_k \mathbf{1} = \mathbf{1}.
+    .. math:: A_k = \mathrm{softmax}\big(\alpha\, V_k V_k^\top\big), \qquad
+              A_k \mathbf{1} = \mathbf{1}.
 
     Parameters
     ----------
@@ -52,7 +53,8 @@ def attend(v: Heads, scale: float, values: Heads | None = None) -> Heads:
 
     Equal to ``attention_weights(v, scale) @ v``, or ``@ values`` where these are given.
     Where PyTorch has a fused kernel (always on a CPU) the n x n weights are not stored,
-    and memory grows linearly in n; the exception is :class:`~crate_core.model.kernels.ShortSharedAttention`.
+    and memory grows linearly in n; the exception is
+    :class:`~crate_core.model.kernels.ShortSharedAttention`.
 
     Parameters
     ----------
@@ -99,8 +101,9 @@ def mssa(
         Tokens as rows.
     bases : tensor (K, d, p)
         Orthonormal or not.
-    scale : float The factor alpha of the inner products; 1 is the literal formula,
-        1/sqrt(p) what trained models use on LayerNormed tokens.
+    scale : float
+        The factor alpha of the inner products; 1 is the literal formula, 1/sqrt(p) what
+        trained models use on LayerNormed tokens.
     eps : float, optional
         Coding precision, > 0; ``None`` sets beta to 1, the attention operator alone.
 
@@ -115,8 +118,8 @@ def mssa(
 
     Notes
     -----
-    Follows :cite:t:`yu2023white`.  The chapter shows that this is no expansion of :func:`exact_mssa`, and when it
-    denoises all the same.
+    Follows :cite:t:`yu2023white`.  The chapter shows that this is no expansion of
+    :func:`exact_mssa`, and when it denoises all the same.
 
     Book: :ref:`ch-attention`, :eq:`eq-attention-mssa`.
     """
@@ -129,7 +132,8 @@ def exact_mssa(z: Tokens, bases: Bases, eps: float) -> Tokens:
     r"""What the exact gradient of :math:`R^c` puts in the place of softmax attention,
 
     .. math:: \beta \sum_k U_k V_k\, \beta G_k (I + \beta G_k)^{-1}
-              = \beta \sum_k U_k V_k - \nabla R^c(Z), \qquad V_k = U_k^\top Z,\; G_k = V_k^\top V_k.
+              = \beta \sum_k U_k V_k - \nabla R^c(Z), \qquad
+              V_k = U_k^\top Z,\; G_k = V_k^\top V_k.
 
     Each column of :math:`\beta G_k (I+\beta G_k)^{-1}` predicts a token from all tokens
     by ridge regression; softmax attention replaces these weights.
@@ -154,8 +158,9 @@ def exact_mssa(z: Tokens, bases: Bases, eps: float) -> Tokens:
 
     Notes
     -----
-    Computed as the difference on the right: its rounding error is small against :math:`\beta \|Z\|` at any eps, where
-    solving for the weights loses all digits in single precision once n < p and beta is large.
+    Computed as the difference on the right: its rounding error is small against
+    :math:`\beta \|Z\|` at any eps, where solving for the weights loses all digits in
+    single precision once n < p and beta is large.
 
     Book: :ref:`ch-attention`, :prf:ref:`thm-attention-ridge`.
     """
@@ -189,11 +194,11 @@ def mssa_step(
         Step size.
     scale : float
         The factor alpha of the inner products in :func:`mssa`.
-    exact : bool Put :func:`exact_mssa` in the place of softmax attention (``scale``
-        then has no effect).  If the subspaces fill the space, :math:`\sum_k U_k
-        U_k^\top = I`, that is the gradient step :math:`Z - \kappa \nabla R^c(Z)`;
-        otherwise the part outside them is multiplied by :math:`1 - \kappa\beta`
-        besides.
+    exact : bool
+        Put :func:`exact_mssa` in the place of softmax attention (``scale`` then has no
+        effect).  If the subspaces fill the space, :math:`\sum_k U_k U_k^\top = I`, that
+        is the gradient step :math:`Z - \kappa \nabla R^c(Z)`; otherwise the part
+        outside them is multiplied by :math:`1 - \kappa\beta` besides.
 
     Returns
     -------
@@ -216,8 +221,10 @@ def mssa_step(
 class MSSA(nn.Module):
     r"""The MSSA operator as the published models learn it,
 
-    .. math:: \mathrm{MSSA}(Z) = W_o \begin{bmatrix} V_1 A_1 \\ \vdots \\ V_K A_K \end{bmatrix} + b_o, \qquad
-              V_k = U_k^\top Z, \quad A_k = \mathrm{softmax}\big(V_k^\top V_k / \sqrt{p}\big).
+    .. math:: \mathrm{MSSA}(Z) = W_o \begin{bmatrix} V_1 A_1 \\ \vdots \\ V_K A_K
+              \end{bmatrix} + b_o, \qquad
+              V_k = U_k^\top Z, \quad A_k = \mathrm{softmax}\big(V_k^\top V_k /
+              \sqrt{p}\big).
 
     One projection serves as query, key and value (``project``, no bias).  It differs
     from :func:`mssa` by the learned output projection with bias in the place of
@@ -230,8 +237,9 @@ class MSSA(nn.Module):
         Token dimension d.
     heads : int
         Number of subspaces K; must divide dim, p = d / K.
-    separate_values : bool Ablation: average :math:`W_v Z`, a projection of its own
-        (``values``, d^2 parameters more), in the place of :math:`V_k`.
+    separate_values : bool
+        Ablation: average :math:`W_v Z`, a projection of its own (``values``, d^2
+        parameters more), in the place of :math:`V_k`.
 
     Raises
     ------
@@ -240,8 +248,8 @@ class MSSA(nn.Module):
 
     Notes
     -----
-    Follows the published code of :cite:t:`pai2024masked`, with one difference: the output projection is there for a
-    single head too.
+    Follows the published code of :cite:t:`pai2024masked`, with one difference: the
+    output projection is there for a single head too.
 
     Book: :ref:`ch-attention`.
     """
@@ -258,14 +266,16 @@ class MSSA(nn.Module):
 
     @property
     def bases(self) -> Bases:
-        """The learned U_k, (K, d, p), not orthonormal in general.  Book:
-        :ref:`ch-attention`.
+        """The learned U_k, (K, d, p), not orthonormal in general.
+
+        Book: :ref:`ch-attention`.
         """
         return self.project.weight.unflatten(0, (self.heads, -1)).mT
 
     def head_coordinates(self, z: Tokens) -> Heads:
-        r"""Coordinates :math:`V_k = U_k^\top Z` as rows, (..., K, n, p).  Book:
-        :ref:`ch-attention`.
+        r"""Coordinates :math:`V_k = U_k^\top Z` as rows, (..., K, n, p).
+
+        Book: :ref:`ch-attention`.
         """
         return self.split_heads(self.project(z))
 
@@ -274,8 +284,9 @@ class MSSA(nn.Module):
         return z.unflatten(-1, (self.heads, -1)).transpose(-3, -2)
 
     def weights(self, z: Tokens) -> AttentionWeights:
-        """The weights (..., K, n, n) that ``forward`` does not store.  Book:
-        :ref:`ch-attention`.
+        """The weights (..., K, n, n) that ``forward`` does not store.
+
+        Book: :ref:`ch-attention`.
         """
         return attention_weights(self.head_coordinates(z), self.scale)
 

@@ -64,15 +64,11 @@ class CrateMAEOutput:
     ids_restore: PatchOrder
     """(B, L), position of each patch in the order of increasing noise."""
     hidden_states: tuple[Tensor, ...] | None = None
-    """Encoder tokens (B, n, d): the embedding, then the output of each layer; when
-    asked for.
-    """
+    """Encoder tokens (B, n, d), if asked for: embedding, then each layer's output."""
     attentions: tuple[Tensor, ...] | None = None
     """Encoder attention weights (B, K, n, n) of each layer; when asked for."""
     decoder_hidden_states: tuple[Tensor, ...] | None = None
-    """Decoder tokens (B, n, d): its input, then the output of each layer; with the
-    encoder's.
-    """
+    """Decoder tokens (B, n, d), with the encoder's: its input, each layer's output."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +135,8 @@ class MaskedAutoencoder(SavedModel):
 
         X^0 = [\,c;\ \mathrm{visible\ patches\ or\ mask\ token}\,] + P, \qquad
         X^{\ell+1} = \mathrm{Enc}^\ell(X^\ell), \qquad
-        Y^0 = \mathrm{enter}(\mathrm{LN}(X^L)), \qquad Y^{\ell+1} = \mathrm{Dec}^\ell(Y^\ell),
+        Y^0 = \mathrm{enter}(\mathrm{LN}(X^L)), \qquad Y^{\ell+1} =
+        \mathrm{Dec}^\ell(Y^\ell),
 
     with predictions :math:`W\,\mathrm{LN}(Y^M) + b` and the mean squared error over the
     removed patches as loss.
@@ -224,7 +221,7 @@ class MaskedAutoencoder(SavedModel):
         return mean, std
 
     def _check_images(self, images: Tensor) -> tuple[int, int]:
-        """The patch grid of the images; ``ValueError`` names what is wrong with them."""
+        """The patch grid of the images; ``ValueError`` if they are no images."""
         channels = self.config.channels
         if images.ndim != 4 or images.shape[1] != channels:
             raise ValueError(
@@ -232,7 +229,8 @@ class MaskedAutoencoder(SavedModel):
             )
         if not images.is_floating_point():
             raise ValueError(
-                f"images must be floating point, got {images.dtype}; model.standardize() takes uint8"
+                f"images must be floating point, got {images.dtype}; "
+                "model.standardize() takes uint8"
             )
         return patch_grid(images.shape[2], images.shape[3], self.config.patch_size)
 
@@ -244,7 +242,8 @@ class MaskedAutoencoder(SavedModel):
         own = self.positions.dtype
         if images.dtype != own and not torch.is_autocast_enabled(images.device.type):
             raise ValueError(
-                f"images must be {own} like the weights, got {images.dtype}; convert with images.to(...)"
+                f"images must be {own} like the weights, got {images.dtype}; convert "
+                "with images.to(...)"
             )
         return grid
 
@@ -320,8 +319,8 @@ class MaskedAutoencoder(SavedModel):
         stop: int | None = None,
         visit: Visit | None = None,
     ) -> Tensor:
-        """Encoder layers ``start`` to ``stop`` - 1 (the last), then the norm after them,
-        on tokens (B, n, d).
+        """Encoder layers ``start`` to ``stop`` - 1 (the last), then the norm after
+        them, on tokens (B, n, d).
 
         ``visit`` is called after each layer with its number, its input and its output.
         Book: :ref:`ch-crate-mae`.
@@ -397,12 +396,14 @@ class MaskedAutoencoder(SavedModel):
 
         Returns
         -------
-        (encoder output (B, 1 + L, d), list of layer outputs in the order of depth), or the list.
+        (encoder output (B, 1 + L, d), list of layer outputs in the order of depth), or
+        the list.
 
         Raises
         ------
         ValueError
-            For a layer that does not exist, another format, or images that ``forward_features`` refuses.
+            For a layer that does not exist, another format, or images that
+            ``forward_features`` refuses.
 
         Book: :ref:`ch-evaluation`.
         """
@@ -426,9 +427,7 @@ class MaskedAutoencoder(SavedModel):
         return found if intermediates_only else (output, found)
 
     def _layer_indices(self, indices: int | Sequence[int] | None) -> set[int]:
-        """Encoder layers by number from 0; ``ValueError`` names one that does not
-        exist.
-        """
+        """Encoder layers by number from 0; ``ValueError`` for one that is not there."""
         depth = len(self.encoder)
         wanted = (
             range(depth)
@@ -440,7 +439,8 @@ class MaskedAutoencoder(SavedModel):
         odd = [i for i in wanted if not -depth <= i < depth]
         if odd or not wanted:
             raise ValueError(
-                f"indices={indices}: accepted are 1 to {depth} last layers, or layers -{depth} to {depth - 1}"
+                f"indices={indices}: accepted are 1 to {depth} last layers, or layers "
+                f"-{depth} to {depth - 1}"
             )
         return {i % depth for i in wanted}
 
@@ -469,7 +469,8 @@ class MaskedAutoencoder(SavedModel):
         Raises
         ------
         ValueError
-            For images of the wrong shape, size or dtype, noise of the wrong shape, or a mask ratio out of range.
+            For images of the wrong shape, size or dtype, noise of the wrong shape, or a
+            mask ratio out of range.
 
         Book: :ref:`ch-crate-mae`.
         """
@@ -479,7 +480,8 @@ class MaskedAutoencoder(SavedModel):
             noise = torch.rand(batch, length, device=images.device)
         elif noise.shape != (batch, length):
             raise ValueError(
-                f"noise must be ({batch}, {length}), one number a patch, got {tuple(noise.shape)}"
+                f"noise must be ({batch}, {length}), one number a patch, got "
+                f"{tuple(noise.shape)}"
             )
         masking = random_masking(noise, mask_ratio)
         mask = masking.mask.to(images.dtype)

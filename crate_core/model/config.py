@@ -25,7 +25,8 @@ class FrameConfig:
     Raises
     ------
     ValueError
-        On construction, naming the field, if a value is out of range or sizes do not fit each other.
+        On construction, naming the field, if a value is out of range or sizes do not
+        fit each other.
 
     Book: :ref:`ch-crate-mae`.  Defaults are the authors' published base model.
     """
@@ -81,11 +82,13 @@ class FrameConfig:
         patch_grid(sides[0], sides[1], self.patch_size)
         if self.normalize_targets and self.patch_size**2 * self.channels < 2:
             raise ValueError(
-                "normalize_targets needs patches of more than one number: a single one has no variance"
+                "normalize_targets needs patches of more than one number: a single "
+                "one has no variance"
             )
         if self.dim % self.heads or self.dim % 4:
             raise ValueError(
-                f"dim must be a multiple of heads and of four, got dim={self.dim}, heads={self.heads}"
+                f"dim must be a multiple of heads and of four, got dim={self.dim}, "
+                f"heads={self.heads}"
             )
         for name, imagenet in (
             ("pixel_mean", IMAGENET_MEAN),
@@ -100,7 +103,8 @@ class FrameConfig:
                 )
             if len(given) != self.channels:
                 raise ValueError(
-                    f"{name} needs one number for each of {self.channels} channels, got {given!r}"
+                    f"{name} needs one number for each of {self.channels} channels, "
+                    f"got {given!r}"
                 )
             if name == "pixel_std" and min(given) <= 0:
                 raise ValueError(f"pixel_std must be positive, got {given!r}")
@@ -129,7 +133,8 @@ class FrameConfig:
         found = values.get("model_type", cls.model_type)
         if found != cls.model_type:
             raise ValueError(
-                f"this is the configuration of a model of type {found!r}, accepted: {cls.model_type!r}"
+                f"this is the configuration of a model of type {found!r}, accepted: "
+                f"{cls.model_type!r}"
             )
         known = {field.name for field in fields(cls)}
         unknown = sorted(values.keys() - known - {"model_type"})
@@ -173,7 +178,8 @@ class CrateMAEConfig(FrameConfig):
     Raises
     ------
     ValueError
-        On construction, naming the field, if a value is out of range or sizes do not fit each other.
+        On construction, naming the field, if a value is out of range or sizes do not
+        fit each other.
 
     Book: :ref:`ch-crate-mae`.  Defaults are the authors' published base model.
     """
@@ -185,9 +191,7 @@ class CrateMAEConfig(FrameConfig):
     lambd: float = 0.5
     """Weight lambda of the l1 penalty in ISTA."""
     decoder_depth: int | None = None
-    """Decoder layers; ``None`` takes as many as the encoder has, one for each to
-    invert.
-    """
+    """Decoder layers; ``None`` takes as many as the encoder has."""
     separate_values: bool = False
     """Ablation: a value projection of its own in attention, where the paper shares one
     with queries and keys.
@@ -227,7 +231,8 @@ class ViTMAEConfig(FrameConfig):
     Raises
     ------
     ValueError
-        On construction, naming the field, if a value is out of range or sizes do not fit each other.
+        On construction, naming the field, if a value is out of range or sizes do not
+        fit each other.
 
     Book: :ref:`ch-comparison`.
     """
@@ -235,9 +240,7 @@ class ViTMAEConfig(FrameConfig):
     model_type: ClassVar[str] = "vit-mae"
 
     encode_visible_only: bool = True
-    """The encoder sees visible patches only, as in MAE; otherwise all, as CRATE-MAE's
-    does.
-    """
+    """The encoder sees visible patches only, as in MAE; else all, as in CRATE-MAE."""
     decoder_dim: int = 768
     """Token dimension of the decoder, a multiple of four."""
     decoder_depth: int = 8
@@ -245,9 +248,7 @@ class ViTMAEConfig(FrameConfig):
     decoder_heads: int = 16
     """Attention heads of the decoder; divides decoder_dim."""
     mlp_ratio: float = 4.0
-    """Width of the hidden layer of each block's MLP, as a multiple of the token
-    dimension.
-    """
+    """Width of each MLP's hidden layer, as a multiple of the token dimension."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -256,7 +257,8 @@ class ViTMAEConfig(FrameConfig):
         if self.decoder_dim % self.decoder_heads or self.decoder_dim % 4:
             raise ValueError(
                 "decoder_dim must be a multiple of decoder_heads and of four, "
-                f"got decoder_dim={self.decoder_dim}, decoder_heads={self.decoder_heads}"
+                f"got decoder_dim={self.decoder_dim}, "
+                f"decoder_heads={self.decoder_heads}"
             )
         if not self.mlp_ratio > 0:
             raise ValueError(f"mlp_ratio must be positive, got {self.mlp_ratio}")

@@ -32,9 +32,7 @@ class StepCost:
     forward: OperationCounts
     backward: OperationCounts
     recomputed: int
-    """Those of the backward pass that repeat a product of the forward pass instead of
-    storing it.
-    """
+    """Operations that repeat, backwards, a product of the forward pass not stored."""
 
     @property
     def total(self) -> int:
@@ -77,12 +75,14 @@ def operation_counter() -> FlopCounterMode:
 
 
 def require_published(config: CrateMAEConfig) -> None:
-    """Raise ``ValueError`` for ablations that change a layer's products.  Book:
-    :ref:`ch-cost`.
+    """Raise ``ValueError`` for ablations that change a layer's products.
+
+    Book: :ref:`ch-cost`.
     """
     if config.expansion != 1 or config.separate_values:
         raise ValueError(
-            "costs are counted for the published layers: expansion=1, separate_values=False"
+            "costs are counted for the published layers: expansion=1, "
+            "separate_values=False"
         )
 
 
@@ -109,8 +109,10 @@ def operations(
 
     With N tokens in a batch of images of n tokens each,
 
-    .. math:: \mathrm{projections}\; 4 N d^2, \qquad \mathrm{attention}\; 4 N n d, \qquad
-              \mathrm{ISTA}\; 2 N d^2 + 2 d^3 \ \mathrm{(fused)} \ \mathrm{or}\ 6 N d^2, \qquad
+    .. math:: \mathrm{projections}\; 4 N d^2, \qquad
+              \mathrm{attention}\; 4 N n d, \qquad
+              \mathrm{ISTA}\; 2 N d^2 + 2 d^3 \ \mathrm{(fused)} \ \mathrm{or}\ 6 N d^2,
+              \qquad
               \mathrm{densify}\; 2 N d^2
 
     a layer in the forward pass.  Backwards a linear map costs twice that (gradients of
@@ -218,7 +220,8 @@ def parameter_count(config: CrateMAEConfig) -> int:
     require_published(config)
     if config.norm != "layer":
         raise ValueError(
-            f"norm={config.norm!r}: parameters are counted for the published layers, norm='layer'"
+            f"norm={config.norm!r}: parameters are counted for the published layers, "
+            "norm='layer'"
         )
     d, pixels = config.dim, config.patch_size**2 * config.channels
     layer = 3 * d**2 + d + 4 * d

@@ -85,8 +85,9 @@ class CrateMAE(MaskedAutoencoder):
         ------
         FileNotFoundError
             If there is no such file.
-        ValueError If these are not the weights of a CRATE-MAE with the fixed
-            sine-cosine position table.
+        ValueError
+            If these are not the weights of a CRATE-MAE with the fixed sine-cosine
+            position table.
 
         Book: :ref:`ch-crate-mae`.
         """
@@ -101,7 +102,8 @@ class CrateMAE(MaskedAutoencoder):
             table, model.positions, atol=1e-4
         ):
             raise ValueError(
-                "the checkpoint's position table is not the fixed sine-cosine table this model uses"
+                "the checkpoint's position table is not the fixed sine-cosine table "
+                "this model uses"
             )
         model.load_weights(weights, source="the authors' checkpoint")
         return model

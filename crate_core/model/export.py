@@ -30,7 +30,7 @@ class Encoder(nn.Module):
 
 
 def example_images(model: MaskedAutoencoder) -> Images:
-    """Two blank pictures of the model's size on its device; what tracing needs to see."""
+    """Two blank pictures of the model's size, on its device: what is traced."""
     return torch.zeros(
         2,
         model.config.channels,

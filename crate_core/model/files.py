@@ -65,8 +65,9 @@ def load_weights(path: str | Path) -> StateDict:
     ------
     FileNotFoundError
         If there is no such file.
-    ValueError If the file is damaged, holds objects other than tensors (it would have
-        to execute code to load), or holds no tensors.
+    ValueError
+        If the file is damaged, holds objects other than tensors (it would have to
+        execute code to load), or holds no tensors.
 
     Book: :ref:`ch-crate-mae`.
     """
@@ -99,7 +100,8 @@ def load_weights(path: str | Path) -> StateDict:
         )
         reason = reason.partition(" Please use")[0]
         raise ValueError(
-            f"{path} was refused: accepted are .safetensors files and PyTorch files that hold tensors only "
+            f"{path} was refused: accepted are .safetensors files and PyTorch files "
+            "that hold tensors only "
             f"(read with weights_only=True). {reason}"
         ) from error
     return unwrap_state_dict(content, source=str(path))
@@ -158,7 +160,8 @@ def read_config(directory: Path) -> dict[str, object]:
     path = directory / CONFIG_FILE
     if not path.is_file():
         raise FileNotFoundError(
-            f"{directory} holds no {CONFIG_FILE}; a saved model has {CONFIG_FILE} and {WEIGHTS_FILE}"
+            f"{directory} holds no {CONFIG_FILE}; a saved model has {CONFIG_FILE} and "
+            f"{WEIGHTS_FILE}"
         )
     try:
         config = json.loads(path.read_text(encoding="utf8"))

@@ -21,7 +21,8 @@ class FoldedISTA(nn.Linear):
     r"""ISTA after a norm with gain g and shift b, on tokens z that the norm has
     standardised only,
 
-    .. math:: \mathrm{ReLU}\big(z\, \mathrm{diag}(g)\, M + (b M - \eta\lambda)\big), \qquad M = I + \eta (D - D^\top D).
+    .. math:: \mathrm{ReLU}\big(z\, \mathrm{diag}(g)\, M + (b M - \eta\lambda)\big),
+              \qquad M = I + \eta (D - D^\top D).
 
     Book: :ref:`ch-cost`, :eq:`eq-cost-fold`.
     """
@@ -31,9 +32,7 @@ class FoldedISTA(nn.Linear):
 
 
 def take_affine(norm: nn.Module) -> tuple[Tensor | None, Tensor | None]:
-    """Gain and shift of a norm, which then standardises only; ``None`` for those that
-    it never had.
-    """
+    """Take a norm's gain and shift out of it (``None`` where it has none)."""
     gain, shift = getattr(norm, "weight", None), getattr(norm, "bias", None)
     for name, value in (("weight", gain), ("bias", shift)):
         if value is not None:
@@ -125,7 +124,8 @@ class FoldedCrateMAE(CrateMAE):
         that was folded.
         """
         raise ValueError(
-            f"a folded model is not saved (asked for {directory}); save the model that it was made from"
+            f"a folded model is not saved (asked for {directory}); save the model "
+            "that it was made from"
         )
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 class ISTAMatrix(torch.autograd.Function):
     r"""The matrix of the fused step with its gradient in closed form,
 
-    .. math:: M = I + \eta\,(D - D^\top D), \qquad \nabla_D = \eta\,\big(G - D\,(G + G^\top)\big),
+    .. math:: M = I + \eta\,(D - D^\top D), \qquad
+              \nabla_D = \eta\,\big(G - D\,(G + G^\top)\big),
 
     for a gradient G of M: two products of d x d matrices in all, where differentiating
     step by step takes three.
@@ -45,7 +46,8 @@ class ShortSharedAttention(torch.autograd.Function):
 
     .. math:: O = A V, \quad A = \mathrm{softmax}(\alpha V V^\top), \qquad
               \nabla_V = A^\top G + \alpha\,(S + S^\top) V, \quad
-              S = A \odot \big(G V^\top - (G V^\top \odot A)\,\mathbf{1}\mathbf{1}^\top\big),
+              S = A \odot \big(G V^\top - (G V^\top \odot
+              A)\,\mathbf{1}\mathbf{1}^\top\big),
 
     for a gradient G of the output.  Six matrix products in all.  PyTorch's fused
     attention on a CPU stores no weights, but its backward pass in bfloat16 is many

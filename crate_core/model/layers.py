@@ -26,7 +26,7 @@ def make_norm(config: CrateMAEConfig) -> nn.Module:
 
 
 def make_sparsify(config: CrateMAEConfig) -> nn.Module:
-    """The ISTA step as published, or the over-complete one of an ``expansion`` above 1."""
+    """ISTA as published, or over-complete for an ``expansion`` above 1."""
     if config.expansion == 1:
         return ISTA(config.dim, config.eta, config.lambd)
     return OvercompleteISTA(

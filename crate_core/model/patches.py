@@ -39,7 +39,8 @@ def patch_grid(height: int, width: int, patch_size: int) -> tuple[int, int]:
         or width % patch_size
     ):
         raise ValueError(
-            f"image height and width must be multiples of the patch size {patch_size}, got {height}x{width}"
+            "image height and width must be multiples of the patch size "
+            f"{patch_size}, got {height}x{width}"
         )
     return height // patch_size, width // patch_size
 
@@ -68,14 +69,16 @@ def unpatchify(patches: Patches, patch_size: int, grid: tuple[int, int]) -> Imag
     Raises
     ------
     ValueError
-        If L is not the grid's number of patches, or the last dimension is no multiple of P*P.
+        If L is not the grid's number of patches, or the last dimension is no multiple
+        of P*P.
 
     Book: :ref:`ch-crate-mae`.
     """
     rows, columns = grid
     if patches.shape[-2] != rows * columns or patches.shape[-1] % patch_size**2:
         raise ValueError(
-            f"patches must be (B, {rows * columns}, {patch_size}*{patch_size}*C) for grid {grid}, "
+            f"patches must be (B, {rows * columns}, {patch_size}*{patch_size}*C) for "
+            f"grid {grid}, "
             f"got {tuple(patches.shape)}"
         )
     return rearrange(
@@ -128,7 +131,8 @@ def sincos_positions(
     r"""Fixed 2-D sine-cosine position table with a zero row for the class token, (1 +
     rows*columns, dim).
 
-    .. math:: \big[\sin x\omega,\ \cos x\omega,\ \sin y\omega,\ \cos y\omega\big], \qquad
+    .. math:: \big[\sin x\omega,\ \cos x\omega,\ \sin y\omega,\ \cos y\omega\big],
+              \qquad
               \omega_i = 10000^{-4i/d}, \quad i = 0, \dots, d/4 - 1,
 
     x the column and y the row of the patch.  With a ``reference_grid`` the coordinates
@@ -145,7 +149,8 @@ def sincos_positions(
     """
     if dim < 4 or dim % 4:
         raise ValueError(
-            f"dim must be a positive multiple of four for 2-D sine-cosine positions, got {dim}"
+            "dim must be a positive multiple of four for 2-D sine-cosine positions, "
+            f"got {dim}"
         )
     rows, columns = grid
     reference_rows, reference_columns = reference_grid or grid

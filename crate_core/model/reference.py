@@ -77,13 +77,15 @@ def convert_reference(
 
     Returns
     -------
-    (sizes, weights) : keyword arguments of ``CrateMAEConfig`` (image_size, patch_size, channels, dim, depth, heads)
+    (sizes, weights) : keyword arguments of ``CrateMAEConfig`` (image_size, patch_size,
+        channels, dim, depth, heads)
         and the renamed tensors.
 
     Raises
     ------
     ValueError
-        If the keys are not those of a CRATE-MAE checkpoint, or ``heads`` is needed and not given.
+        If the keys are not those of a CRATE-MAE checkpoint, or ``heads`` is needed and
+        not given.
 
     Book: :ref:`ch-crate-mae`.
     """
@@ -109,7 +111,8 @@ def convert_reference(
     missing = sorted(required - state.keys())
     if unknown or missing:
         raise ValueError(
-            "not an authors' CRATE-MAE checkpoint (mae_crate_tiny, _small, _base or _large): "
+            "not an authors' CRATE-MAE checkpoint (mae_crate_tiny, _small, _base or "
+            "_large): "
             f"missing {missing}, unexpected {sorted(unknown)[:5]}"
         )
     dim, channels, patch_size, _ = state["patch_embed.proj.weight"].shape
@@ -121,7 +124,8 @@ def convert_reference(
     heads = heads or REFERENCE_HEADS.get(dim)
     if heads is None:
         raise ValueError(
-            f"the number of heads cannot be read from weights of dimension {dim}: pass heads="
+            f"the number of heads cannot be read from weights of dimension {dim}: "
+            "pass heads="
         )
     sizes: dict[str, object] = {
         "image_size": side * patch_size,

@@ -32,7 +32,8 @@ CARD = """---
 
 # {{ title }}
 
-A masked autoencoder of type `{{ model_type }}`, written by `crate_core`; the file `config.json` has its sizes:
+A masked autoencoder of type `{{ model_type }}`, written by `crate_core`; the file
+`config.json` has its sizes:
 
 | field | value |
 |---|---|
@@ -43,10 +44,12 @@ A masked autoencoder of type `{{ model_type }}`, written by `crate_core`; the fi
 from crate_core import load_model
 
 model = load_model("{{ repo_id }}")
-features = model.forward_features(model.standardize(images))  # (B, 1 + L, d), the class token first
+# (B, 1 + L, d), the class token first
+features = model.forward_features(model.standardize(images))
 ```
 
-What it was trained on, for how long and how well it does is not known to the code that wrote this card; say it here.
+What it was trained on, for how long and how well it does is not known to the code that
+wrote this card; say it here.
 """
 """Template of the model card."""
 
@@ -78,7 +81,8 @@ def resolve_directory(name: str | Path) -> Path:
     if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
         raise FileNotFoundError(
             f"{name} is neither a directory of a saved model, nor a bundled model "
-            f"({', '.join(bundled) or 'there are none'}), nor a Hub id of the form owner/name"
+            f"({', '.join(bundled) or 'there are none'}), nor a Hub id of the form "
+            "owner/name"
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -89,7 +93,8 @@ def resolve_directory(name: str | Path) -> Path:
         )
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:
         raise FileNotFoundError(
-            f"no directory {name} here, and the Hub did not give a model of that name: {error}"
+            f"no directory {name} here, and the Hub did not give a model of that "
+            f"name: {error}"
         ) from error
 
 
@@ -177,15 +182,17 @@ class SavedModel(nn.Module):
         ------
         FileNotFoundError
             If it is none of these, or a file is missing.
-        ValueError If the directory holds another architecture or the weights do not fit
-            the configuration.
+        ValueError
+            If the directory holds another architecture or the weights do not fit the
+            configuration.
         """
         directory = resolve_directory(name)
         config = read_config(directory)
         found = config.get("model_type")
         if found != cls.config_class.model_type:
             raise ValueError(
-                f"{directory} holds a model of type {found!r}, accepted: {cls.config_class.model_type!r}"
+                f"{directory} holds a model of type {found!r}, accepted: "
+                f"{cls.config_class.model_type!r}"
             )
         model = cls.from_config(cls.config_class.from_dict(config))
         model.load_weights(

@@ -13,9 +13,7 @@ from crate_core.shapes import Codes, Dictionary, Scalars, Tokens
 
 
 def check_step(eta: float, lambd: float) -> None:
-    """Raise ``ValueError`` unless eta > 0 (step size) and lambd >= 0 (weight of the l1
-    penalty).
-    """
+    """Raise ``ValueError`` unless step size eta > 0 and l1 weight lambd >= 0."""
     if not eta > 0:
         raise ValueError(f"eta, the step size, must be positive, got {eta}")
     if not lambd >= 0:
@@ -28,7 +26,8 @@ def check_dictionary(z: Tokens, dictionary: Dictionary) -> None:
     """Raise ``ValueError`` unless the dictionary is (d, m) for tokens (..., n, d)."""
     if dictionary.ndim != 2 or dictionary.shape[0] != z.shape[-1]:
         raise ValueError(
-            f"dictionary must be ({z.shape[-1]}, m) for tokens {tuple(z.shape)}, got {tuple(dictionary.shape)}"
+            f"dictionary must be ({z.shape[-1]}, m) for tokens {tuple(z.shape)}, got "
+            f"{tuple(dictionary.shape)}"
         )
 
 
@@ -40,7 +39,8 @@ def check_codes(codes: Codes, z: Tokens, dictionary: Dictionary) -> None:
     expected = (z.shape[-2], dictionary.shape[1])
     if codes.shape[-2:] != expected:
         raise ValueError(
-            f"codes must be (..., {expected[0]}, {expected[1]}) here, got {tuple(codes.shape)}"
+            f"codes must be (..., {expected[0]}, {expected[1]}) here, got "
+            f"{tuple(codes.shape)}"
         )
 
 
@@ -67,7 +67,8 @@ def lasso_objective(
     Returns
     -------
     tensor (...)
-        One value for each leading batch entry, summed over tokens; ``inf`` where codes are infeasible.
+        One value for each leading batch entry, summed over tokens; ``inf`` where codes
+        are infeasible.
 
     Raises
     ------
@@ -152,7 +153,8 @@ def ista(
     r"""The ISTA step of a CRATE layer: one proximal gradient step started from the
     tokens themselves,
 
-    .. math:: \mathrm{ISTA}(Z \mid D) = \mathrm{ReLU}\big(Z + \eta D^\top (Z - D Z) - \eta\lambda\big).
+    .. math:: \mathrm{ISTA}(Z \mid D) = \mathrm{ReLU}\big(Z + \eta D^\top (Z - D Z) -
+              \eta\lambda\big).
 
     Affine before its ReLU, so the three products with the tokens are one: :math:`Z
     \mapsto M^\top Z` with :math:`M = I + \eta(D - D^\top D)`.
@@ -180,8 +182,9 @@ def ista(
 
     Notes
     -----
-    Follows the published code of :cite:t:`pai2024masked`, which evaluates the three products one after the other.
-    The chapter says what one such step decreases and when it does not.
+    Follows the published code of :cite:t:`pai2024masked`, which evaluates the three
+    products one after the other. The chapter says what one such step decreases and when
+    it does not.
 
     Book: :ref:`ch-ista`, :eq:`eq-ista-layer`, :eq:`eq-ista-fused`.
     """
@@ -189,7 +192,8 @@ def ista(
     check_step(eta, lambd)
     if dictionary.shape[0] != dictionary.shape[1]:
         raise ValueError(
-            f"a step from the tokens needs a square dictionary, got {tuple(dictionary.shape)}; "
+            "a step from the tokens needs a square dictionary, got "
+            f"{tuple(dictionary.shape)}; "
             "use proximal_step with codes of your own for an over-complete one"
         )
     # in place: no copy of the tokens is written
@@ -230,7 +234,10 @@ class ISTA(nn.Module):
         nn.init.kaiming_uniform_(self.weight)
 
     def forward(self, z: Tokens) -> Tokens:
-        """Tokens (..., n, d) to nonnegative tokens (..., n, d).  Book: :ref:`ch-ista`."""
+        """Tokens (..., n, d) to nonnegative tokens (..., n, d).
+
+        Book: :ref:`ch-ista`.
+        """
         return ista(z, self.weight, self.eta, self.lambd)
 
 
@@ -239,7 +246,8 @@ class OvercompleteISTA(nn.Module):
     onto a residual path,
 
     .. math:: A^1 = \mathrm{ReLU}(\eta D^\top Z - \eta\lambda), \qquad
-              A^2 = \mathrm{ReLU}\big(A^1 + \eta D^\top (Z - D A^1) - \eta\lambda\big), \qquad
+              A^2 = \mathrm{ReLU}\big(A^1 + \eta D^\top (Z - D A^1) - \eta\lambda\big),
+              \qquad
               Z' = Z + \hat D A^2.
 
     An ablation, not part of CRATE-MAE: the code A cannot start from the tokens
@@ -264,8 +272,8 @@ class OvercompleteISTA(nn.Module):
 
     Notes
     -----
-    After :cite:t:`yang2024scaling`, which also learns :math:`\hat D` apart from D and adds the residual path.  Both
-    dictionaries are initialised Kaiming uniform.
+    After :cite:t:`yang2024scaling`, which also learns :math:`\hat D` apart from D and
+    adds the residual path.  Both dictionaries are initialised Kaiming uniform.
 
     Book: :ref:`ch-open-questions`.
     """

@@ -48,7 +48,8 @@ def tweedie(
     """
     if score.shape != z.shape:
         raise ValueError(
-            f"the score must have the shape of z, {tuple(z.shape)}, got {tuple(score.shape)}"
+            f"the score must have the shape of z, {tuple(z.shape)}, got "
+            f"{tuple(score.shape)}"
         )
     variance = torch.as_tensor(sigma, dtype=z.dtype, device=z.device)[..., None] ** 2
     return z + variance * score
@@ -73,7 +74,8 @@ def project(z: TokenVectors, basis: Tensor) -> TokenVectors:
     """
     if basis.ndim < 2 or basis.shape[-2] != z.shape[-1]:
         raise ValueError(
-            f"basis must be (..., {z.shape[-1]}, p) for tokens {tuple(z.shape)}, got {tuple(basis.shape)}"
+            f"basis must be (..., {z.shape[-1]}, p) for tokens {tuple(z.shape)}, got "
+            f"{tuple(basis.shape)}"
         )
     check_orthonormal(basis.reshape(-1, *basis.shape[-2:]))
     coordinates = basis.mT @ z[..., None]
@@ -90,7 +92,8 @@ def nearest_subspace(z: TokenVectors, bases: Bases) -> SubspaceIndex:
     check_orthonormal(bases)
     if bases.shape[1] != z.shape[-1]:
         raise ValueError(
-            f"bases must be (K, {z.shape[-1]}, p) for tokens {tuple(z.shape)}, got {tuple(bases.shape)}"
+            f"bases must be (K, {z.shape[-1]}, p) for tokens {tuple(z.shape)}, got "
+            f"{tuple(bases.shape)}"
         )
     return torch.einsum("...d,kdp->...kp", z, bases).square().sum(-1).argmax(-1)
 
@@ -128,7 +131,8 @@ def noise_left(
     """
     if not (estimate.shape == noisy.shape == clean.shape):
         raise ValueError(
-            f"shapes must agree, got {tuple(estimate.shape)}, {tuple(noisy.shape)} and {tuple(clean.shape)}"
+            f"shapes must agree, got {tuple(estimate.shape)}, {tuple(noisy.shape)} "
+            f"and {tuple(clean.shape)}"
         )
     before = float((noisy - clean).square().sum())
     if before == 0:

@@ -43,7 +43,8 @@ def noise_levels(sigma_from: float, sigma_to: float, steps: int) -> Tensor:
     """
     if not (sigma_from > 0 and sigma_to > 0) or sigma_from == sigma_to:
         raise ValueError(
-            f"noise levels must be positive and different, got {sigma_from} and {sigma_to}"
+            f"noise levels must be positive and different, got {sigma_from} and "
+            f"{sigma_to}"
         )
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
@@ -62,7 +63,8 @@ def forward_noising(
     r"""One path of the variance-exploding process :math:`dx = \sqrt{d\sigma^2/dt}\;
     dw`, seen at given noise levels.
 
-    .. math:: x_i = x_{i-1} + \sqrt{\sigma_i^2 - \sigma_{i-1}^2}\; w_i, \qquad w_i \sim \mathcal{N}(0, I), \quad
+    .. math:: x_i = x_{i-1} + \sqrt{\sigma_i^2 - \sigma_{i-1}^2}\; w_i, \qquad
+              w_i \sim \mathcal{N}(0, I), \quad
         \sigma_{-1} = 0,
 
     so that :math:`x_i - x \sim \mathcal{N}(0, \sigma_i^2 I)` at each level, and the
@@ -84,7 +86,8 @@ def forward_noising(
     increments = torch.diff(variances, prepend=variances.new_zeros(1))
     if bool((torch.as_tensor(sigmas) < 0).any()) or bool((increments < 0).any()):
         raise ValueError(
-            f"noise levels must be nonnegative and nondecreasing, got {list(map(float, sigmas))}"
+            "noise levels must be nonnegative and nondecreasing, got "
+            f"{list(map(float, sigmas))}"
         )
     w = torch.randn(
         len(increments), *x.shape, generator=generator, dtype=x.dtype, device=x.device
@@ -157,7 +160,8 @@ def reverse_sde(
     ancestral steps,
 
     .. math:: z' = z + (\sigma^2 - \sigma'^2)\, \nabla \log p_\sigma(z)
-        + \frac{\sigma'}{\sigma}\sqrt{\sigma^2 - \sigma'^2}\; w, \qquad w \sim \mathcal{N}(0, I).
+        + \frac{\sigma'}{\sigma}\sqrt{\sigma^2 - \sigma'^2}\; w, \qquad
+        w \sim \mathcal{N}(0, I).
 
     The drift is Euler--Maruyama's; the noise carries the factor :math:`\sigma'/\sigma
     \to 1` that makes a step exact where the clean token is certain.  Same marginals as
@@ -176,7 +180,8 @@ def reverse_sde(
     """
     if sigma_to >= sigma_from:
         raise ValueError(
-            f"the reverse SDE goes down in noise: need sigma_to < sigma_from, got {sigma_from} to {sigma_to}"
+            "the reverse SDE goes down in noise: need sigma_to < sigma_from, got "
+            f"{sigma_from} to {sigma_to}"
         )
     levels = noise_levels(sigma_from, sigma_to, steps).tolist()
     for high, low in pairwise(levels):
@@ -245,7 +250,8 @@ def flow_singular_values(singular: Tensor, beta: float, time: float) -> Tensor:
     r"""Solve :math:`\dot s = -\beta s / (1 + \beta s^2)` exactly, for all entries at
     once,
 
-    .. math:: s(t) = \sqrt{\omega\big(\ln(\beta s_0^2) + \beta s_0^2 - 2 \beta t\big) / \beta},
+    .. math:: s(t) = \sqrt{\omega\big(\ln(\beta s_0^2) + \beta s_0^2 - 2 \beta t\big) /
+              \beta},
 
     with :math:`\omega` the Wright omega function, :math:`\omega + \ln \omega = x`.  No
     digits are lost where Lambert's :math:`W(e^x)` overflows (large :math:`\beta s_0^2`)
@@ -274,7 +280,8 @@ def flow_singular_values(singular: Tensor, beta: float, time: float) -> Tensor:
         )
     if bool((singular < 0).any()):
         raise ValueError(
-            f"singular values must be nonnegative, the smallest is {float(singular.min())}"
+            "singular values must be nonnegative, the smallest is "
+            f"{float(singular.min())}"
         )
     start = singular.detach().double().cpu()
     energy = beta * start**2  # beta s_0^2, and its logarithm without underflow
@@ -295,7 +302,8 @@ def flow_singular_values(singular: Tensor, beta: float, time: float) -> Tensor:
 def flow_derivative(singular: Tensor, beta: float, time: float) -> Tensor:
     r"""How the end of the flow moves with its start,
 
-    .. math:: \frac{d s(t)}{d s_0} = \frac{s(t)\, (1 + \beta s_0^2)}{s_0\, (1 + \beta s(t)^2)}.
+    .. math:: \frac{d s(t)}{d s_0} = \frac{s(t)\, (1 + \beta s_0^2)}{s_0\, (1 + \beta
+              s(t)^2)}.
 
     Its reciprocal is the factor by which inverting the flow multiplies an error in
     s(t): at most :math:`e^{\beta t}`, reached as :math:`s_0 \to 0`.
@@ -318,7 +326,8 @@ def exact_structured_flow(z: Tokens, bases: Bases, eps: float, time: float) -> T
     With :math:`U_k^\top Z = Q_k \mathrm{diag}(s_k) R_k^\top` and :math:`\beta = p / (n
     \varepsilon^2)`,
 
-    .. math:: Z(t) = \Big(I - \sum_k U_k U_k^\top\Big) Z + \sum_k U_k Q_k \,\mathrm{diag}\big(s_k(t)\big) R_k^\top,
+    .. math:: Z(t) = \Big(I - \sum_k U_k U_k^\top\Big) Z + \sum_k U_k Q_k
+              \,\mathrm{diag}\big(s_k(t)\big) R_k^\top,
 
     with s(t) from :func:`flow_singular_values`: singular vectors, and what lies outside
     all subspaces, do not move.
@@ -339,7 +348,8 @@ def exact_structured_flow(z: Tokens, bases: Bases, eps: float, time: float) -> T
     Raises
     ------
     ValueError
-        If eps <= 0, the bases do not fit, are not orthonormal or not mutually orthogonal.
+        If eps <= 0, the bases do not fit, are not orthonormal or not mutually
+        orthogonal.
 
     Book: :ref:`ch-structured-ode`, :eq:`eq-sode-closed`, :prf:ref:`thm-sode-closed`.
     """
@@ -386,7 +396,8 @@ def invert_euler(
     factor = kappa * subspace_beta(z.shape[-2], bases.shape[-1], eps) * overlap
     if factor >= 1:
         raise ValueError(
-            f"each step must be a contraction: kappa * beta * |sum U U^T| = {factor:.3g}, need < 1"
+            "each step must be a contraction: kappa * beta * |sum U U^T| = "
+            f"{factor:.3g}, need < 1"
         )
     iterations = math.ceil(math.log(torch.finfo(z.dtype).eps) / math.log(factor))
     for _ in range(steps):
@@ -400,7 +411,8 @@ def round_trip_bound(c: float, steps: int) -> float:
     r"""Bound on the relative error of L explicit encoder steps followed by L explicit
     decoder steps,
 
-    .. math:: \|\hat Z - Z\|_F \le \big((1 - c^2)^{-L} - 1\big)\, \|P Z\|_F, \qquad c = \kappa\beta < 1,
+    .. math:: \|\hat Z - Z\|_F \le \big((1 - c^2)^{-L} - 1\big)\, \|P Z\|_F, \qquad c =
+              \kappa\beta < 1,
 
     for mutually orthogonal subspaces, with P the projection on their sum.
 

@@ -41,7 +41,8 @@ def _noise_variance(outside: float, kept: Tensor, weights: Tensor, free: int) ->
     variance = float((numerators / (free + torch.cat([zero, pooled.cumsum(0)]))).min())
     if not variance >= torch.finfo(kept.dtype).tiny:
         raise ValueError(
-            "the tokens lie on the fitted subspaces exactly: there is no noise to estimate"
+            "the tokens lie on the fitted subspaces exactly: there is no noise to "
+            "estimate"
         )
     return variance
 
@@ -49,9 +50,7 @@ def _noise_variance(outside: float, kept: Tensor, weights: Tensor, free: int) ->
 def _maximise(
     z: Tensor, responsibilities: Tensor, rank: int, sigma: float | None
 ) -> tuple[LowRankGaussianMixture, float]:
-    """The M-step: the mixture (and the shared sigma, unless given) that maximise the
-    expected log-likelihood.
-    """
+    """The M-step: mixture (and sigma, unless given) of largest expected likelihood."""
     n, d = z.shape
     # A component that owns nothing keeps a vanishing weight: the mixture asks for
     # positive ones.
@@ -94,26 +93,30 @@ def fit_mixture(
     z : tensor (n, d), n >= components.
     components : int, the number of subspaces K.
     rank : int, their dimension p, below d.
-    sigma : float, optional Noise level per coordinate, when it is known; ``None``
-        estimates it.  An estimate rests on the d - p directions outside each subspace,
-        so with p near d give it.
+    sigma : float, optional
+        Noise level per coordinate, when it is known; ``None`` estimates it.  An
+        estimate rests on the d - p directions outside each subspace, so with p near d
+        give it.
     iterations : int, number of EM steps, at least 1.
     generator : torch.Generator, optional, for the start.
 
     Returns
     -------
     MixtureFit
-        mixture, sigma (per coordinate) and the mean log-likelihood per token after each step.
+        mixture, sigma (per coordinate) and the mean log-likelihood per token after each
+        step.
 
     Raises
     ------
     ValueError
-        For sizes that do not fit, tokens that are not finite, or tokens that lie exactly on the subspaces found.
+        For sizes that do not fit, tokens that are not finite, or tokens that lie
+        exactly on the subspaces found.
 
     Notes
     -----
-    The mixture of probabilistic principal component analysers of :cite:t:`tipping1999mixtures`, with zero means and one
-    noise level for all components.
+    The mixture of probabilistic principal component analysers of
+    :cite:t:`tipping1999mixtures`, with zero means and one noise level for all
+    components.
 
     Book: :ref:`ch-mixture`.
     """
@@ -126,7 +129,8 @@ def fit_mixture(
     n, d = z.shape
     if not (1 <= components <= n and 1 <= rank < d and iterations >= 1):
         raise ValueError(
-            f"need 1 <= components <= n, 1 <= rank < d and iterations >= 1, got components={components}, rank={rank}, "
+            "need 1 <= components <= n, 1 <= rank < d and iterations >= 1, got "
+            f"components={components}, rank={rank}, "
             f"iterations={iterations} for n={n}, d={d}"
         )
     starts = z[

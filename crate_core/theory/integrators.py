@@ -63,7 +63,8 @@ def _dop853(field: Field, z: Tensor, times: list[float]) -> Tensor:
     )
     if not solution.success:
         raise RuntimeError(
-            f"DOP853 stopped at t = {solution.t[-1] if solution.t.size else times[0]}: {solution.message}"
+            "DOP853 stopped at t = "
+            f"{solution.t[-1] if solution.t.size else times[0]}: {solution.message}"
         )
     return torch.from_numpy(solution.y.T.copy()).reshape(len(times), *z.shape).to(z)
 
@@ -103,7 +104,8 @@ def integrate(
     steps = [after - before for before, after in pairwise(times)]
     if not steps or not (all(h > 0 for h in steps) or all(h < 0 for h in steps)):
         raise ValueError(
-            f"times must be at least two numbers, strictly increasing or decreasing, got {times}"
+            "times must be at least two numbers, strictly increasing or decreasing, "
+            f"got {times}"
         )
     if method == "dop853":
         return _dop853(field, z, times)

@@ -25,9 +25,7 @@ from crate_core.theory.rate import (
 
 
 def check_labels(z: Tokens, bases: Bases, labels: Labels) -> None:
-    """Raise ``ValueError`` unless there is one label in [0, K) for each of the n
-    tokens.
-    """
+    """Raise ``ValueError`` unless each of the n tokens has a label in [0, K)."""
     check_bases(z, bases)
     components = bases.shape[0]
     if (
@@ -36,7 +34,8 @@ def check_labels(z: Tokens, bases: Bases, labels: Labels) -> None:
         or int(labels.max()) >= components
     ):
         raise ValueError(
-            f"labels must be {z.shape[-2]} integers in [0, {components}), got {tuple(labels.shape)}"
+            f"labels must be {z.shape[-2]} integers in [0, {components}), got "
+            f"{tuple(labels.shape)}"
         )
 
 
@@ -140,7 +139,8 @@ def compression_error(z: Tokens, bases: Bases, labels: Labels, eps: float) -> Pe
     Raises
     ------
     ValueError
-        If shapes, labels or eps do not fit, or the subspaces are not mutually orthogonal.
+        If shapes, labels or eps do not fit, or the subspaces are not mutually
+        orthogonal.
 
     Book: :ref:`ch-compression-denoising`, :prf:ref:`thm-cd-bound`.
     """
@@ -154,7 +154,8 @@ def compression_error(z: Tokens, bases: Bases, labels: Labels, eps: float) -> Pe
 def compression_bound(z: Tokens, bases: Bases, labels: Labels, eps: float) -> PerToken:
     r"""Upper bound of :func:`compression_error` for every token,
 
-    .. math:: \sqrt{\Big(\frac{1+\beta b^2}{\beta\, \mathrm{dist}_i \|r_i\|}\Big)^2 + \big(o_i + \beta b^2\big)^2} .
+    .. math:: \sqrt{\Big(\frac{1+\beta b^2}{\beta\, \mathrm{dist}_i \|r_i\|}\Big)^2 +
+              \big(o_i + \beta b^2\big)^2} .
 
     The terms are explained in :func:`compression_bound_terms`.
 
@@ -172,12 +173,14 @@ def compression_bound(z: Tokens, bases: Bases, labels: Labels, eps: float) -> Pe
     Returns
     -------
     tensor (n,)
-        Infinite where a token's coordinates depend linearly on its class mates' (certain with more than p of them).
+        Infinite where a token's coordinates depend linearly on its class mates'
+        (certain with more than p of them).
 
     Raises
     ------
     ValueError
-        If shapes, labels or eps do not fit, or the subspaces are not mutually orthogonal.
+        If shapes, labels or eps do not fit, or the subspaces are not mutually
+        orthogonal.
 
     Book: :ref:`ch-compression-denoising`, :prf:ref:`thm-cd-bound`.
     """
@@ -266,11 +269,12 @@ def contraction_bound(z: Tokens, bases: Bases, eps: float) -> tuple[Tensor, Tens
     r"""How close the gradient is to a pure contraction of the tokens: factor theta and
     relative deviation delta in
 
-    .. math:: \nabla R^c / \beta = \theta\,(P Z + \Delta), \quad \|\Delta_i\| \le \delta \|P z_i\|, \qquad
+    .. math:: \nabla R^c / \beta = \theta\,(P Z + \Delta), \quad
+              \|\Delta_i\| \le \delta \|P z_i\|, \qquad
               \delta = \frac{\beta (\mu_+ - \mu_-)}{2 + \beta (\mu_+ + \mu_-)},
 
-    where :math:`\mu_\pm` are the extreme eigenvalues of all :math:`V_k V_k^\top` (p x p)
-    and :math:`P` projects on the span of the subspaces.
+    where :math:`\mu_\pm` are the extreme eigenvalues of all :math:`V_k V_k^\top` (p x
+    p) and :math:`P` projects on the span of the subspaces.
 
     Parameters
     ----------
@@ -316,10 +320,10 @@ def denoising_cosine_law(
               \frac{\sqrt{(K-1)\,t_2}\; q_2}{\sqrt{t_1 q_1^2 + (K-1)\,t_2 q_2^2}}
               \sqrt{\frac{(K-1)\,p}{d-p}},
 
-    with the load :math:`\chi = n/(Kp)`, :math:`t_2 = \sigma^2 p`, :math:`t_1 = 1 + t_2`,
-    :math:`q_i = 1/(1+\beta t_i \bar\mu)`, :math:`S = t_1 q_1^2 + (K-1)\, t_2 q_2^2`,
-    :math:`\overline{\mu^2} = \bar\mu/(1+\beta\chi S)`, and :math:`\bar\mu` the solution
-    of :math:`\bar\mu = 1/(1+\beta\chi[t_1 q_1 + (K-1)\, t_2 q_2])`.
+    with the load :math:`\chi = n/(Kp)`, :math:`t_2 = \sigma^2 p`, :math:`t_1 = 1 +
+    t_2`, :math:`q_i = 1/(1+\beta t_i \bar\mu)`, :math:`S = t_1 q_1^2 + (K-1)\, t_2
+    q_2^2`, :math:`\overline{\mu^2} = \bar\mu/(1+\beta\chi S)`, and :math:`\bar\mu` the
+    solution of :math:`\bar\mu = 1/(1+\beta\chi[t_1 q_1 + (K-1)\, t_2 q_2])`.
 
     A heuristic (a deterministic equivalent for n, d, p large together), no theorem.
     The model: mutually orthogonal subspaces, signal of unit mean squared norm spread
@@ -353,7 +357,8 @@ def denoising_cosine_law(
         raise ValueError(f"sigma must be > 0, got {sigma}")
     if components < 2 or rank < 1 or components * rank > dim:
         raise ValueError(
-            f"need K >= 2 and K p <= d, got dim={dim}, components={components}, rank={rank}"
+            f"need K >= 2 and K p <= d, got dim={dim}, components={components}, "
+            f"rank={rank}"
         )
     beta = subspace_beta(n, rank, eps)
     load = n / (components * rank)

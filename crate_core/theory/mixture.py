@@ -41,8 +41,10 @@ def check_orthonormal(bases: Bases) -> None:
     error = orthonormality_error(bases)
     if not error <= ORTHONORMALITY_TOLERANCE:
         raise ValueError(
-            f"the columns of each basis must be orthonormal: the largest entry of |U_k^T U_k - I| is {error:.3g}, "
-            f"accepted up to {ORTHONORMALITY_TOLERANCE:g}; orthonormalise with torch.linalg.qr"
+            "the columns of each basis must be orthonormal: the largest entry of "
+            f"|U_k^T U_k - I| is {error:.3g}, "
+            f"accepted up to {ORTHONORMALITY_TOLERANCE:g}; orthonormalise with "
+            "torch.linalg.qr"
         )
 
 
@@ -107,18 +109,21 @@ def random_bases(
     Raises
     ------
     ValueError
-        If ``rank`` exceeds ``dim``, a size is not positive, or mutual orthogonality is asked for and impossible.
+        If ``rank`` exceeds ``dim``, a size is not positive, or mutual orthogonality is
+        asked for and impossible.
 
     Book: :ref:`ch-mixture`.
     """
     if min(dim, components, rank) < 1 or rank > dim:
         raise ValueError(
-            f"need 1 <= rank <= dim and components >= 1, got dim={dim}, components={components}, rank={rank}"
+            f"need 1 <= rank <= dim and components >= 1, got dim={dim}, "
+            f"components={components}, rank={rank}"
         )
     fits = components * rank <= dim
     if orthogonal and not fits:
         raise ValueError(
-            f"{components} mutually orthogonal subspaces of rank {rank} need dim >= {components * rank}, got {dim}"
+            f"{components} mutually orthogonal subspaces of rank {rank} need dim >= "
+            f"{components * rank}, got {dim}"
         )
     options: dict[str, Any] = {
         "generator": generator,
@@ -147,8 +152,8 @@ class LowRankGaussianMixture:
 
     .. math::
 
-        z = U_s a + \sigma w, \qquad s \sim \pi, \quad a \sim \mathcal{N}(0, \mathrm{diag}(\tau_s^2)), \quad
-        w \sim \mathcal{N}(0, I_d),
+        z = U_s a + \sigma w, \qquad s \sim \pi, \quad a \sim \mathcal{N}(0,
+        \mathrm{diag}(\tau_s^2)), \quad w \sim \mathcal{N}(0, I_d),
 
     so that component k is :math:`\mathcal{N}(0, C_k)` with
     :math:`C_k = U_k \mathrm{diag}(\tau_k^2) U_k^\top + \sigma^2 I`.
@@ -169,9 +174,10 @@ class LowRankGaussianMixture:
     Raises
     ------
     ValueError
-        For bases that are not orthonormal, weights that are not positive or do not sum to one, negative scales, or
-        wrong shapes.  Methods raise it for tokens of another dimension or dtype, and for a sigma that is not finite,
-        not positive, or so small that its square underflows.
+        For bases that are not orthonormal, weights that are not positive or do not sum
+        to one, negative scales, or wrong shapes.  Methods raise it for tokens of
+        another dimension or dtype, and for a sigma that is not finite, not positive, or
+        so small that its square underflows.
 
     Book: :ref:`ch-mixture`; the score and the denoiser are derived in
     :ref:`ch-denoising`.
@@ -198,7 +204,8 @@ class LowRankGaussianMixture:
             or abs(float(self.weights.sum()) - 1) > 1e-5
         ):
             raise ValueError(
-                f"weights must be {components} positive numbers that sum to one, got {weights}"
+                f"weights must be {components} positive numbers that sum to one, got "
+                f"{weights}"
             )
         scales = torch.as_tensor(
             1.0 / math.sqrt(rank) if scales is None else scales, **like
@@ -207,7 +214,8 @@ class LowRankGaussianMixture:
         valid = bool(((scales >= 0) & scales.isfinite()).all())
         if scales.shape != accepted.get(scales.ndim) or not valid:
             raise ValueError(
-                f"scales must be finite, not negative, of shape (), ({components},) or ({components}, {rank}), "
+                f"scales must be finite, not negative, of shape (), ({components},) "
+                f"or ({components}, {rank}), "
                 f"got {scales}"
             )
         per_component = scales[:, None] if scales.ndim == 1 else scales
@@ -292,7 +300,8 @@ class LowRankGaussianMixture:
             or int(labels.max()) >= self.components
         ):
             raise ValueError(
-                f"labels must be {n} integers in [0, {self.components}), got shape {tuple(labels.shape)}"
+                f"labels must be {n} integers in [0, {self.components}), got shape "
+                f"{tuple(labels.shape)}"
             )
         options: dict[str, Any] = {
             "generator": generator,
@@ -321,13 +330,15 @@ class LowRankGaussianMixture:
             )
         if z.dtype != self.bases.dtype:
             raise ValueError(
-                f"tokens are {z.dtype} and the bases {self.bases.dtype}: convert one of them with .to"
+                f"tokens are {z.dtype} and the bases {self.bases.dtype}: convert one "
+                "of them with .to"
             )
         sigma = torch.as_tensor(sigma, dtype=z.dtype, device=z.device)
         smallest = math.sqrt(torch.finfo(z.dtype).tiny)
         if not bool(((sigma >= smallest) & sigma.isfinite()).all()):
             raise ValueError(
-                f"sigma must be finite and > 0, and its square representable in {z.dtype} (sigma >= {smallest:.2g}): "
+                "sigma must be finite and > 0, and its square representable in "
+                f"{z.dtype} (sigma >= {smallest:.2g}): "
                 "without noise the mixture has no density on R^d"
             )
         coordinates = torch.einsum("...d,kdp->...kp", z, self.bases)

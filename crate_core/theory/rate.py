@@ -36,7 +36,8 @@ def check_tokens(z: Tokens) -> None:
     """
     if z.ndim < 2 or min(z.shape[-2:]) < 1 or not z.is_floating_point():
         raise ValueError(
-            f"tokens must be floating point, (..., n, d) with n, d >= 1, got {z.dtype} {tuple(z.shape)}"
+            "tokens must be floating point, (..., n, d) with n, d >= 1, got "
+            f"{z.dtype} {tuple(z.shape)}"
         )
 
 
@@ -45,7 +46,8 @@ def check_bases(z: Tokens, bases: Bases) -> None:
     check_tokens(z)
     if bases.ndim != 3 or bases.shape[1] != z.shape[-1]:
         raise ValueError(
-            f"bases must be (K, {z.shape[-1]}, p) for tokens {tuple(z.shape)}, got {tuple(bases.shape)}"
+            f"bases must be (K, {z.shape[-1]}, p) for tokens {tuple(z.shape)}, got "
+            f"{tuple(bases.shape)}"
         )
 
 
@@ -140,26 +142,29 @@ def _shrink(v: Tensor, weight: float) -> Tensor:
 
 
 def _at_least_single(z: Tensor) -> Tensor:
-    """Half-precision tensors as float32, which factorisations need; others as they are."""
+    """Half precision as float32, which factorisations need; the rest unchanged."""
     return z.float() if z.dtype in (torch.float16, torch.bfloat16) else z
 
 
 def coding_rate(z: Tokens, eps: float) -> Scalars:
     r"""Lossy coding rate of the tokens as one Gaussian,
 
-    .. math:: R(Z) = \tfrac12 \log\det\!\Big(I + \frac{d}{n \varepsilon^2} Z Z^\top\Big).
+    .. math:: R(Z) = \tfrac12 \log\det\!\Big(I + \frac{d}{n \varepsilon^2} Z
+              Z^\top\Big).
 
     Parameters
     ----------
     z : tensor (..., n, d)
         Tokens as rows.
-    eps : float Coding precision, > 0, in the units of the tokens: the norm of the error
-        allowed per token.
+    eps : float
+        Coding precision, > 0, in the units of the tokens: the norm of the error allowed
+        per token.
 
     Returns
     -------
     tensor (...)
-        Rates in nats per token, one for each leading batch entry; float32 for half-precision tokens.
+        Rates in nats per token, one for each leading batch entry; float32 for
+        half-precision tokens.
 
     Raises
     ------
@@ -168,10 +173,10 @@ def coding_rate(z: Tokens, eps: float) -> Scalars:
 
     Notes
     -----
-    The smaller of the n x n and d x d determinants is factored: by Cholesky; in float64 where forming the square in
-    float32 would cost more than about ``CHOLESKY_LIMIT`` nats; by QR of the stack
-    :math:`[I;\, \sqrt{d/(n\varepsilon^2)}\, Z^\top]` where it would in float64 too.  Tokens that are not finite give a
-    rate that is not finite.
+    The smaller of the n x n and d x d determinants is factored: by Cholesky; in float64
+    where forming the square in float32 would cost more than about ``CHOLESKY_LIMIT``
+    nats; by QR of the stack :math:`[I;\, \sqrt{d/(n\varepsilon^2)}\, Z^\top]` where it
+    would in float64 too.  Tokens that are not finite give a rate that is not finite.
 
     The constant d / (n eps^2) is that of :cite:t:`yu2020learning`; some public code
     writes ``eps`` for its square.
@@ -187,7 +192,8 @@ def coding_rate(z: Tokens, eps: float) -> Scalars:
 def coding_rate_grad(z: Tokens, eps: float) -> Tokens:
     r"""Gradient of :func:`coding_rate`, with :math:`\alpha = d/(n\varepsilon^2)`,
 
-    .. math:: \nabla R(Z) = \alpha\, (I + \alpha Z Z^\top)^{-1} Z = \alpha\, Z\, (I + \alpha Z^\top Z)^{-1}.
+    .. math:: \nabla R(Z) = \alpha\, (I + \alpha Z Z^\top)^{-1} Z = \alpha\, Z\, (I +
+              \alpha Z^\top Z)^{-1}.
 
     A singular value s of Z becomes :math:`\alpha s / (1 + \alpha s^2)`.
 
@@ -221,7 +227,8 @@ def subspace_coding_rate(z: Tokens, bases: Bases, eps: float) -> Scalars:
     r"""Coding rate of the tokens against K subspaces, with :math:`\beta =
     p/(n\varepsilon^2)`,
 
-    .. math:: R^c(Z \mid U_{[K]}) = \tfrac12 \sum_{k} \log\det\!\big(I + \beta\, (U_k^\top Z)^\top (U_k^\top Z)\big).
+    .. math:: R^c(Z \mid U_{[K]}) = \tfrac12 \sum_{k} \log\det\!\big(I + \beta\,
+              (U_k^\top Z)^\top (U_k^\top Z)\big).
 
     Defined for any bases, orthonormal or not (trained ones are not).
 
@@ -246,7 +253,8 @@ def subspace_coding_rate(z: Tokens, bases: Bases, eps: float) -> Scalars:
 
     Notes
     -----
-    The smaller of the n x n and p x p determinants is factored, as in :func:`coding_rate`.
+    The smaller of the n x n and p x p determinants is factored, as in
+    :func:`coding_rate`.
 
     Book: :ref:`ch-coding-rate`, :eq:`eq-rate-subspace`.
     """
@@ -257,7 +265,8 @@ def subspace_coding_rate(z: Tokens, bases: Bases, eps: float) -> Scalars:
 def subspace_coding_rate_grad(z: Tokens, bases: Bases, eps: float) -> Tokens:
     r"""Gradient of :func:`subspace_coding_rate`,
 
-    .. math:: \nabla R^c(Z) = \beta \sum_k U_k\, U_k^\top Z\, \big(I + \beta (U_k^\top Z)^\top (U_k^\top Z)\big)^{-1}.
+    .. math:: \nabla R^c(Z) = \beta \sum_k U_k\, U_k^\top Z\, \big(I + \beta (U_k^\top
+              Z)^\top (U_k^\top Z)\big)^{-1}.
 
     Parameters
     ----------
@@ -291,7 +300,8 @@ def class_coding_rate(z: Tokens, labels: Labels, eps: float) -> Scalars:
     codebook of its own,
 
     .. math:: R^c(Z \mid \Pi) = \sum_k \frac{n_k}{n}\, R(Z_k)
-              = \sum_k \frac{n_k}{2n} \log\det\!\Big(I + \frac{d}{n_k \varepsilon^2} Z_k Z_k^\top\Big).
+              = \sum_k \frac{n_k}{2n} \log\det\!\Big(I + \frac{d}{n_k \varepsilon^2} Z_k
+              Z_k^\top\Big).
 
     It needs to know which token is of which class; :func:`subspace_coding_rate` does
     not.

@@ -41,7 +41,7 @@ def uniform(*shape: int, seed: int = 2) -> torch.Tensor:
     )
 
 
-# ---------------------------------------------------------------------------------------------- counts and presets
+# -- counts and presets
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -128,7 +128,7 @@ def test_initial_weights_are_drawn_from_the_published_distributions():
     assert 0 < model.patch_embedding.bias.abs().max() <= 1 / math.sqrt(pixels)
 
 
-# ---------------------------------------------------------------------------------------------- sizes
+# -- sizes
 
 
 @given(
@@ -175,7 +175,7 @@ def test_position_table_of_another_size_covers_the_same_range():
     torch.testing.assert_close(twice[3, :, 0], expected, atol=1e-6, rtol=0)
 
 
-# ---------------------------------------------------------------------------------------------- masking
+# -- masking
 
 
 @pytest.mark.parametrize("visible_only", [False, True])
@@ -249,7 +249,7 @@ def test_noise_is_drawn_from_torchs_generator_and_differs_per_image():
     assert len({tuple(row.tolist()) for row in first}) > 1
 
 
-# ---------------------------------------------------------------------------------------------- features, intermediates
+# -- features, intermediates
 
 
 @pytest.mark.parametrize("visible_only", [False, True])
@@ -311,7 +311,7 @@ def test_intermediates_come_only_when_asked_for_and_change_nothing():
     )
 
 
-# ---------------------------------------------------------------------------------------------- pictures
+# -- pictures
 
 
 @pytest.mark.parametrize("normalize", [False, True])
@@ -394,7 +394,7 @@ def test_imagenet_statistics_are_the_default_for_colour():
     assert CrateMAEConfig(channels=1).pixel_mean == pytest.approx((0.449,))
 
 
-# ---------------------------------------------------------------------------------------------- precision
+# -- precision
 
 
 def test_autocast_runs_and_stays_near(recwarn):
@@ -408,7 +408,7 @@ def test_autocast_runs_and_stays_near(recwarn):
     assert abs(half.loss / full.loss - 1) < 0.05
 
 
-# ---------------------------------------------------------------------------------------------- bad input
+# -- bad input
 
 
 @pytest.mark.bad_input
@@ -524,7 +524,7 @@ def test_the_configuration_is_frozen_and_survives_json():
     )
 
 
-# ---------------------------------------------------------------------------------------------- encode, decode, modes
+# -- encode, decode, modes
 
 
 @pytest.mark.parametrize("visible_only", [False, True])

@@ -51,10 +51,16 @@ def as_timm(model: ViTMAE) -> VisionTransformer:
     """timm's own vision transformer with the encoder weights of our baseline."""
     config = model.config
     vit = VisionTransformer(
-        img_size=config.image_size, patch_size=config.patch_size, in_chans=config.channels, num_classes=0,
-        embed_dim=config.dim, depth=config.depth, num_heads=config.heads, mlp_ratio=config.mlp_ratio,
+        img_size=config.image_size,
+        patch_size=config.patch_size,
+        in_chans=config.channels,
+        num_classes=0,
+        embed_dim=config.dim,
+        depth=config.depth,
+        num_heads=config.heads,
+        mlp_ratio=config.mlp_ratio,
         norm_layer=partial(nn.LayerNorm, eps=BLOCK_NORM_EPS),
-    )  # fmt: skip
+    )
     kernel = model.patch_embedding.weight.reshape(
         config.dim, config.patch_size, config.patch_size, config.channels
     )

@@ -32,7 +32,7 @@ def draw(seed: int, *shape: int) -> torch.Tensor:
     )
 
 
-# ---------------------------------------------------------------------------------------------- patches and back
+# -- patches and back
 
 
 @timeless
@@ -85,7 +85,7 @@ def test_unpatchify_refuses_other_counts(shape):
         unpatchify(torch.zeros(shape), 2, (2, 3))
 
 
-# ---------------------------------------------------------------------------------------------- normalised targets
+# -- normalised targets
 
 
 @timeless
@@ -114,7 +114,7 @@ def test_a_flat_patch_has_zero_target_not_nan():
     assert parts.normalized.abs().max() < 1e-3
 
 
-# ---------------------------------------------------------------------------------------------- positions
+# -- positions
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,7 @@ def test_positions_need_a_multiple_of_four(dim):
         sincos_positions(dim, (2, 2))
 
 
-# ---------------------------------------------------------------------------------------------- masking
+# -- masking
 
 
 @timeless

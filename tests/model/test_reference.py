@@ -32,7 +32,7 @@ PUBLISHED = {
 }
 
 
-# ------------------------------------------------------------------------------------------------ the transcription
+# -- the transcription
 
 
 def reference_shapes(dim, depth, patch_size, channels, side):
@@ -241,7 +241,7 @@ def inputs(seed=1, batch=2, channels=3, pixels=6, length=9, dtype=torch.float32)
     return images.to(dtype), torch.rand(batch, length, generator=generator).to(dtype)
 
 
-# ------------------------------------------------------------------------------------------------ parity
+# -- parity
 
 
 @pytest.mark.parametrize("normalize", [False, True])
@@ -317,7 +317,7 @@ def test_gradients_equal_those_of_the_transcription(normalize):
     }
 
 
-# ------------------------------------------------------------------------------------------------ published sizes
+# -- published sizes
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -352,7 +352,7 @@ def test_the_sum_of_base_digit_by_digit():
     assert 43_745_280 + 590_592 + 2 * 151_296 == 44_638_464
 
 
-# ------------------------------------------------------------------------------------------------ files and refusals
+# -- files and refusals
 
 
 @pytest.mark.parametrize("wrapped", ["plain", "model", "state_dict", "module."])

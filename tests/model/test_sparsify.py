@@ -233,9 +233,13 @@ def test_the_counterexample():
 
 @SETTINGS
 @given(
-    dim=dims, n=st.integers(1, 6), batch=st.sampled_from([(), (2,), (2, 3)]), seed=seeds, eta=st.floats(0.01, 1),
+    dim=dims,
+    n=st.integers(1, 6),
+    batch=st.sampled_from([(), (2,), (2, 3)]),
+    seed=seeds,
+    eta=st.floats(0.01, 1),
     lambd=st.floats(0, 2),
-)  # fmt: skip
+)
 def test_fused_step_is_the_proximal_step_from_the_tokens(
     dim, n, batch, seed, eta, lambd
 ):

@@ -1,4 +1,6 @@
-"""What a step costs, counted: operations, kernels, bytes that are kept.  Never seconds."""
+"""What a step costs, counted: operations, kernels, bytes that are kept.  Never
+seconds.
+"""
 
 import copy
 import sys

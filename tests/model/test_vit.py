@@ -142,7 +142,9 @@ def test_removed_pixels_are_not_seen() -> None:
 def transcription(
     model: ViTMAE, images: Tensor, mask_ratio: float, noise: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """He et al.'s forward pass for one picture at a time, in loops over plain tensors."""
+    """He et al.'s forward pass for one picture at a time, in loops over plain
+    tensors.
+    """
     w, config = dict(model.named_parameters()), model.config
 
     def norm(x: Tensor, name: str, eps: float) -> Tensor:

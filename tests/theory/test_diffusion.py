@@ -468,9 +468,7 @@ def test_round_trip_bound(case: dict, c: float, steps: int, log_size: float) -> 
     )
 
 
-def test_round_trip_bound_on_the_logarithm_is_attained_by_vanishing_singular_values() -> (
-    None
-):
+def test_vanishing_singular_values_attain_the_round_trip_bound() -> None:
     bases, eps, c, steps = bases_of(4, 1, 2), 0.5, 0.4, 6
     z = 1e-7 * (normal(3, 2) @ bases[0].mT)
     time = c * steps / subspace_beta(3, 2, eps)

@@ -195,7 +195,7 @@ def test_everything_is_finite_at_tiny_and_huge_noise(dtype):
         )
 
 
-def test_default_signal_has_unit_mean_squared_norm_and_samples_split_into_clean_and_noise():
+def test_samples_are_unit_signal_on_average_plus_noise():
     mix = LowRankGaussianMixture.random(24, 3, 5, generator=seeded(0), dtype=F64)
     sample = mix.sample(4000, 0.2, generator=seeded(1))
     assert abs(float(sample.clean.square().sum(1).mean()) - 1) < 5 * math.sqrt(

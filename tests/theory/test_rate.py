@@ -333,7 +333,9 @@ def test_dtypes(dtype):
 def test_float32_stays_close_to_float64_where_squaring_would_lose_the_free_directions(
     eps, shape
 ):
-    """Tokens of rank 4: the other directions must cost nothing, whatever the precision."""
+    """Tokens of rank 4: the other directions must cost nothing, whatever the
+    precision.
+    """
     generator = make_generator(0)
     n, d = shape
     z = (
