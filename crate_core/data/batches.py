@@ -30,8 +30,7 @@ from crate_core.data.pictures import Augmentation, Picture, UnreadableImageError
 from crate_core.data.sources import ImageSource, SelectedImages
 from crate_core.data.transforms import (
     Size,
-    crop_flip,
-    fit,
+    augment,
     in_mode,
     mixed,
     prepare,
@@ -225,10 +224,8 @@ class TrainingPictures(Dataset[Batch]):
     def transform(self, picture: Picture, epoch: int, index: int) -> Tensor:
         """The picture (C, H, W) as epoch ``epoch`` sees it."""
         picture = in_mode(picture, self.channels)
-        if self.augmentation == "none":
-            shown = fit(picture, self.size)
-        else:
-            shown = crop_flip(picture, self.size, picture_key(self.seed, epoch, index))
+        key = picture_key(self.seed, epoch, index)
+        shown = augment(picture, self.size, self.augmentation, key)
         pixels = raw_tensor(shown, self.channels)
         return pixels if pixels.dtype == torch.uint8 else pixels.clamp(0, 1)
 

@@ -29,9 +29,10 @@ import numpy as np
 from PIL import ExifTags, Image, ImageCms
 from torch import Tensor
 
-Augmentation = Literal["none", "crop_flip"]
-"""What happens to training pictures: nothing but bringing them to the model's size, or
-a random resized crop and a horizontal flip.
+Augmentation = Literal["none", "crop_flip", "crop_blur_solarize"]
+"""What happens to training pictures: nothing but bringing them to the model's size; a
+random resized crop and a horizontal flip; or a crop of a fixed size, a flip, and now and
+then blur and solarisation.
 """
 
 Picture = Image.Image | Tensor

@@ -22,7 +22,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as transforms
 
-from crate_core.data.pictures import Picture
+from crate_core.data.pictures import Augmentation, Picture
 
 Size = tuple[int, int]
 
@@ -31,6 +31,9 @@ CROP_SCALE = (0.2, 1.0)
 
 CROP_RATIO = 4 / 3
 """Widest random crop, width over height; the tallest is one over it."""
+
+BLURRED, SOLARIZED = 0.1, 0.2
+"""Chances of blur and of solarisation."""
 
 ATTEMPTS = 10
 """Draws of a crop's size before the middle of the picture is taken."""
@@ -134,10 +137,8 @@ def fit(picture: Picture, size: Size) -> Picture:
     width, height = transforms.get_image_size(picture)
     if (height, width) == size:
         return picture
-    scale = max(size[0] / height, size[1] / width)
-    covering = [max(size[0], round(height * scale)), max(size[1], round(width * scale))]
     resized = transforms.resize(
-        picture, covering, InterpolationMode.BICUBIC, antialias=True
+        picture, covering_size(picture, size), InterpolationMode.BICUBIC, antialias=True
     )
     return transforms.center_crop(resized, list(size))
 
@@ -173,6 +174,62 @@ def crop_flip(picture: Picture, size: Size, key: int) -> Picture:
         size[::-1], Image.Resampling.BICUBIC
     )
     return resized.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flipped else resized
+
+
+def covering_size(picture: Picture, size: Size) -> list[int]:
+    """Height and width at which a picture just covers ``size``, its shape kept."""
+    width, height = transforms.get_image_size(picture)
+    scale = max(size[0] / height, size[1] / width)
+    return [max(size[0], round(height * scale)), max(size[1], round(width * scale))]
+
+
+def crop_blur_solarize(picture: Picture, size: Size, key: int) -> Picture:
+    r"""A picture that covers 8/7 of ``size`` (height, width), a crop of ``size``
+    anywhere in it, flipped half the time; blurred with chance 0.1, by a Gaussian of
+    standard deviation 0.1 to 2 pixels, and solarised with chance 0.2 (pixels of at
+    least one half are inverted).  A function of ``key`` alone.
+
+    Book: :ref:`ch-pretraining`.  The authors name resizing to 256, crops of 224, flips,
+    blur and solarisation; the chances are those of DINO's second view.
+    """
+    flip, down, right, blur, deviation, solar = (
+        draw for draw, _ in zip(uniforms(key), range(6), strict=False)
+    )
+    larger = (round(size[0] * 8 / 7), round(size[1] * 8 / 7))
+    resized = transforms.resize(
+        picture,
+        covering_size(picture, larger),
+        InterpolationMode.BICUBIC,
+        antialias=True,
+    )
+    width, height = transforms.get_image_size(resized)
+    top = int(down * (height - size[0] + 1))
+    left = int(right * (width - size[1] + 1))
+    shown = transforms.crop(resized, top, left, size[0], size[1])
+    if flip < 0.5:
+        shown = transforms.hflip(shown)
+    if blur < BLURRED:
+        sigma = 0.1 + 1.9 * deviation
+        reach = min(math.ceil(3 * sigma), (min(size) - 1) // 2)
+        if reach:
+            shown = transforms.gaussian_blur(shown, 2 * reach + 1, sigma)
+    if solar < SOLARIZED:
+        bytes_ = not isinstance(shown, Tensor) or shown.dtype == torch.uint8
+        shown = transforms.solarize(shown, 128 if bytes_ else 0.5)
+    return shown
+
+
+def augment(
+    picture: Picture, size: Size, augmentation: Augmentation, key: int
+) -> Picture:
+    """A picture brought to ``size`` (height, width) under a named augmentation: a
+    function of ``key`` alone.
+    """
+    if augmentation == "none":
+        return fit(picture, size)
+    if augmentation == "crop_flip":
+        return crop_flip(picture, size, key)
+    return crop_blur_solarize(picture, size, key)
 
 
 def augmented(picture: Picture, size: Size, channels: int, key: int) -> Tensor:

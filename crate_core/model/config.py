@@ -224,7 +224,8 @@ class CrateMAEConfig(FrameConfig):
 class ViTMAEConfig(FrameConfig):
     """Sizes of a ViT-MAE in this project's frame.
 
-    Named sizes: "base" as the authors of CRATE-MAE compare with (143.8M), "mae-base"
+    Named sizes: "small" and "base" as the authors of CRATE-MAE compare with (47.6M and
+    143.8M), "mae-base"
     with MAE's own narrower decoder, "base-matched" and "cifar10" with as many
     parameters as the CRATE-MAE of that size.
 
@@ -293,6 +294,15 @@ PRESETS["cifar10-tiny"] = {**PRESETS["cifar10"], "dim": 128, "depth": 4, "heads"
 """Named sizes of CRATE-MAE."""
 
 VIT_PRESETS: dict[str, dict[str, Any]] = {
+    # 47.6M parameters with two fixed position tables, as the authors report.
+    "small": {
+        "dim": 384,
+        "depth": 12,
+        "heads": 6,
+        "decoder_dim": 512,
+        "decoder_depth": 8,
+        "decoder_heads": 16,
+    },
     # Width 768 in the decoder too, which makes the 143.8M parameters that the authors
     # report.
     "base": {

@@ -120,7 +120,10 @@ class PretrainConfig:
     mask_ratio: float = FROM_PRESET
     """Share of patches to remove."""
     augmentation: Augmentation = FROM_PRESET
-    """none, or crop_flip: random resized crop of area 0.2 to 1 and horizontal flip."""
+    """none; crop_flip: random resized crop of area 0.2 to 1 and horizontal flip; or
+    crop_blur_solarize: shorter side to 8/7 of the model's, random crop, flip, blur of
+    a tenth and solarisation of a fifth of the pictures.
+    """
     seed: int = 0
     """Fixes the initial weights, the order of pictures, augmentation and masks."""
     precision: Precision = FROM_PRESET

@@ -71,6 +71,8 @@ def test_published_sizes() -> None:
     assert base == 143_533_824
     # The published 143.8M also count two fixed position tables.
     assert base + 2 * (1 + 14 * 14) * 768 == 143_533_824 + 302_592
+    small = parameters(ViTMAEConfig.preset("small"))
+    assert round((small + (1 + 14 * 14) * (384 + 512)) / 1e6, 1) == 47.6
     assert parameters(ViTMAEConfig.preset("mae-base")) == 111_655_680
 
 

@@ -19,6 +19,12 @@ from crate_core.evaluation.finetune import FinetuneConfig
 from crate_core.model.crate import CrateMAE
 from crate_core.training.devices import make_optimizer
 from crate_core.training.presets import PRESETS
+from crate_core.training.published import (
+    READINGS,
+    SOURCES,
+    markdown_table,
+    recipe_table,
+)
 from crate_core.training.recipe import FROM_PRESET, OPERATIONAL, Plan, PretrainConfig
 
 PRESET_FIELDS = {f.name for f in fields(PretrainConfig) if f.default is FROM_PRESET}
@@ -32,7 +38,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "weight_decay": st.floats(0, 1),
     "betas": st.tuples(st.floats(0, 0.999), st.floats(0, 0.999)),
     "clip_gradient": st.none() | st.floats(0.1, 10),
-    "augmentation": st.sampled_from(["none", "crop_flip"]),
+    "augmentation": st.sampled_from(["none", "crop_flip", "crop_blur_solarize"]),
     "output_dir": st.sampled_from(["here", "there"]),
     "workers": st.integers(0, 3),
 }
@@ -88,16 +94,39 @@ def test_fine_tuning_of_any_length_warms_up(epochs: float) -> None:
     assert FinetuneConfig(epochs=1).epochs == 1
 
 
-def test_imagenet_presets_are_the_recipe_of_mae() -> None:
-    for name, dim in (("imagenet-small", 576), ("imagenet-base", 768)):
-        config = PretrainConfig.from_preset(name)
-        assert (config.epochs, config.warmup_epochs, config.batch_size) == (
-            800,
-            40,
-            4096,
-        )
-        assert config.peak_lr == pytest.approx(2.4e-3)
-        assert config.model.dim == dim
+@pytest.mark.parametrize("size", ["small", "base"])
+def test_imagenet_presets_are_what_their_sources_say(size: str) -> None:
+    authors, mae = (PretrainConfig(f"imagenet-{size}{end}") for end in ("", "-mae"))
+    baseline = PretrainConfig(f"imagenet-{size}-vit")
+    for config, lr, decay in ((authors, 3e-5, 0.1), (mae, 1.5e-4, 0.05)):
+        assert (config.lr, config.weight_decay) == (lr, decay)
+        assert config.peak_lr == pytest.approx(16 * lr)
+        assert (config.epochs, config.batch_size) == (800, 4096)
+        assert config.warmup_epochs == pytest.approx(40)
+        assert config.mask_ratio == 0.75
+    assert (authors.model.eta, authors.model.lambd) == (1.0, 0.1)
+    assert (mae.model.eta, mae.model.lambd) == (0.1, 0.5)
+    assert replace(authors.model, eta=0.1, lambd=0.5) == mae.model
+    # the baseline is trained in the same way
+    same = replace(authors, model=baseline.model, preset=baseline.preset)
+    assert replace(same, output_dir=baseline.output_dir) == baseline
+
+
+def test_the_table_of_sources_has_every_field_that_a_source_names() -> None:
+    rows = {row["field"]: row for row in recipe_table("imagenet-base", "digits")}
+    assert {field for source in SOURCES for field in source.says} == rows.keys()
+    for field, row in rows.items():
+        for source in SOURCES:
+            assert row[source.title] == source.says.get(field, "not said")
+    assert rows["lr"]["imagenet-base"] == "3e-05, times batch / 256: 0.00048"
+    assert rows["model.lambd"]["imagenet-base"] == "0.1"
+    assert rows["betas"]["digits"] == "0.9, 0.95"
+    first, second = READINGS.values()
+    peaks = [PretrainConfig("imagenet-base", lr=lr).peak_lr for lr in (first, second)]
+    assert peaks == pytest.approx([4.8e-4, 3e-5])
+    drawn = markdown_table(list(rows.values())).splitlines()
+    assert len(drawn) == len(rows) + 2
+    assert {line.count("|") for line in drawn} == {len(rows["lr"]) + 1}
 
 
 # -- what is accepted
@@ -120,7 +149,7 @@ BAD_VALUES = [
     ({"preset": "mnist"}, "digits, cifar10"),
     ({"precision": "int8"}, "fp32, bf16 or fp16"),
     ({"device": "gpu"}, "auto, cpu, cuda or mps"),
-    ({"augmentation": "mixup"}, "none or crop_flip"),
+    ({"augmentation": "mixup"}, "none, crop_flip or crop_blur_solarize"),
 ]
 
 BAD_TYPES = [
