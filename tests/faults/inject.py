@@ -6,9 +6,9 @@
 
 Each fault (faults.py) goes into a copy of the repository.  There its file's unit tests
 run, then the chapters about the file until a claim notices; with `--every`, all of them
-and every other chapter that imports it.  A fault is noticed by a claim
-when one that holds without the fault is refused or does not run to its end in time.  It
-is noticed by a cell when the cell stops with an error.
+and every other chapter that imports it.  A claim notices a fault when it is refused with
+it and holds without it.  A cell notices when it stops with an error of its own, or the
+chapter runs out of time.
 
 The state, one JSON file, keeps what has run, under a digest of what it ran on: after an
 edit of a chapter, of a test or of the faulted file only what depends on it runs again.
@@ -241,7 +241,7 @@ class Injection:
                     sound[name] = self.sound(copy, name)
                     target.write_text(fault.break_source(source), encoding="utf8")
                 page = ROOT / "book" / f"{name}.md"
-                # twice the sound run's time, and a little: a fault may loop for ever
+                # three times the sound run, and a little: a fault may loop for ever
                 limit = min(self.limit, 60 + 3 * sound[name]["seconds"])
                 outcome = self.remember(
                     f"{fault.name} | {name}",
