@@ -35,9 +35,10 @@ import torch
 from crate_core.data.batches import some_pictures
 from crate_core.data.named import open_data
 from crate_core.data.sources import ImageData, SelectedImages
+from crate_core.evaluation.features import encode, small_pixels
 from crate_core.evaluation.finetune import FinetuneConfig, finetune
 from crate_core.evaluation.neighbours import neighbour_accuracy
-from crate_core.evaluation.probe import encode, probe_accuracy, small_pixels
+from crate_core.evaluation.probe import probe_accuracy
 from crate_core.model.autoencoder import MaskedAutoencoder
 from crate_core.model.build import build_model, fresh_model, load_model
 from crate_core.model.config import FrameConfig

@@ -1,4 +1,4 @@
-r"""The ``crate`` command: pretrain, data, evaluate, reconstruct, inspect, convert.
+r"""The ``crate`` command: pretrain, data, probe, evaluate, reconstruct, inspect, convert.
 
 What a subcommand needs is imported when it runs.  Bad input ends in one line on stderr
 and exit code 2, a run that failed on its way in exit code 1; neither shows a traceback.
@@ -16,7 +16,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from crate_core.options import Convert, Data, Evaluate, Inspect, Preset, Reconstruct
+from crate_core.options import (
+    Convert,
+    Data,
+    Evaluate,
+    Inspect,
+    Preset,
+    Probe,
+    Reconstruct,
+)
 
 Command = TypeVar("Command")
 
@@ -36,6 +44,7 @@ CRATE-MAE: white-box masked autoencoding.
 commands:
   pretrain      train on digits, a folder of images, a torchvision or Hugging Face dataset; or continue a run
   data          what is understood of data, with a sheet of its pictures
+  probe         linear probe and neighbours at any size, on features that are computed once
   evaluate      probes, neighbours, fine-tuning beside their controls, and reconstruction by masking ratio
   reconstruct   a picture of masked inputs, reconstructions and originals
   inspect       what layers, tokens and heads do, beside an untrained control: one HTML page
@@ -99,26 +108,6 @@ def box_text(box: str) -> str:
     return " ".join(paragraph) or " ".join(text.split())
 
 
-def pick_device(device: str) -> str:
-    """``auto`` as the best device there is; ``ValueError`` if the one asked for is not
-    there.
-    """
-    import torch
-
-    available = {
-        "cpu": True,
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-    }
-    if device == "auto":
-        return next(name for name in ("cuda", "mps", "cpu") if available[name])
-    if not available[device]:
-        raise ValueError(
-            f"device={device!r} is not there; this machine has {[n for n, there in available.items() if there]}"
-        )
-    return device
-
-
 def run_pretrain(arguments: Sequence[str], command: str) -> None:
     """``crate pretrain``."""
     import tyro
@@ -174,6 +163,48 @@ def run_data(arguments: Sequence[str], command: str) -> None:
         print(f"saved in {options.output}")
 
 
+def run_probe(arguments: Sequence[str], command: str) -> None:
+    """``crate probe``."""
+    options = parse(Probe, "probe", arguments)
+    from crate_core.evaluation.linear_head import LinearHeadConfig
+    from crate_core.evaluation.probing import probe_checkpoint
+    from crate_core.records import write_json
+
+    head = LinearHeadConfig(
+        epochs=options.epochs,
+        # a ninth, as 10 of MAE's 90
+        warmup_epochs=options.epochs / 9,
+        batch_size=options.head_batch_size,
+        base_lrs=options.base_lrs,
+        optimizer=options.optimizer,
+    )
+    record = probe_checkpoint(
+        options.checkpoint,
+        options.data,
+        cache=options.cache,
+        solver=options.solver,
+        features=options.features,
+        head=head,
+        neighbours=options.neighbours,
+        controls=options.controls,
+        seeds=options.seeds,
+        precision=options.precision,
+        batch_size=options.batch_size,
+        device=options.device,
+        workers=options.workers,
+        command=command,
+        report=print,
+    )
+    if not record:  # a process beside the first
+        return
+    directory = (
+        Path(options.checkpoint) if Path(options.checkpoint).is_dir() else Path()
+    )
+    path = Path(options.output) if options.output else directory / "probe.json"
+    write_json(path, record)
+    print(f"saved in {path}")
+
+
 def run_evaluate(arguments: Sequence[str], command: str) -> None:
     """``crate evaluate``."""
     options = parse(Evaluate, "evaluate", arguments)
@@ -206,7 +237,7 @@ def run_evaluate(arguments: Sequence[str], command: str) -> None:
         probe=options.probe,
         neighbours=options.neighbours,
         fine_tuning=fine_tuning,
-        device=pick_device(options.device),
+        device=options.device,
         workers=options.workers,
         command=command,
         max_unreadable=options.max_unreadable,
@@ -280,7 +311,7 @@ def run_inspect(arguments: Sequence[str], command: str) -> None:
     if options.images and options.data is not None:
         raise UsageError("give either --images FILE ... or --data, or neither")
     from crate_core.inspection.page import inspect_checkpoint, write_report
-    from crate_core.model.build import load_model
+    from crate_core.model.build import load_model, pick_device
 
     page = inspect_checkpoint(
         load_model(options.checkpoint).to(pick_device(options.device)),
@@ -314,6 +345,7 @@ def run_convert(arguments: Sequence[str], command: str) -> None:
 COMMANDS: dict[str, Callable[[Sequence[str], str], None]] = {
     "pretrain": run_pretrain,
     "data": run_data,
+    "probe": run_probe,
     "evaluate": run_evaluate,
     "reconstruct": run_reconstruct,
     "inspect": run_inspect,

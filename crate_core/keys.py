@@ -20,6 +20,7 @@ class Stream(IntEnum):
     MASK = 2
     SUBSTITUTE = 3
     EVALUATION_MASK = 4
+    PROBE = 5
 
 
 def random_key(*numbers: int) -> int:

@@ -156,3 +156,52 @@ class Convert:
     """OUTDIR: directory to write."""
     heads: int | None = None
     """Heads of a size that was not published."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Linear probe and nearest neighbours on features that are computed once and kept,
+    for any number of pictures; under torchrun all processes encode.
+    """
+
+    checkpoint: str
+    """Directory of a saved model, bundled name, or a Hugging Face Hub id."""
+    data: str | None = None
+    """Labelled pictures, as --data of pretraining; what the checkpoint was trained on
+    unless given.
+    """
+    cache: str = "features"
+    """Folder of the features."""
+    solver: Literal["auto", "sklearn", "sgd"] = "auto"
+    """scikit-learn's logistic regression, or stochastic gradients as in MAE; auto takes
+    the second above 50,000 training pictures.
+    """
+    features: tuple[Literal["class_token", "patch_mean"], ...] = (
+        "class_token",
+        "patch_mean",
+    )
+    """What the probe is fitted on."""
+    epochs: int = 90
+    """Epochs of stochastic gradients."""
+    head_batch_size: int = 16_384
+    """Pictures in a step of stochastic gradients."""
+    optimizer: Literal["lars", "sgd"] = "lars"
+    """Of stochastic gradients."""
+    base_lrs: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0)
+    """Learning rates for 256 pictures, of which validation chooses."""
+    neighbours: bool = True
+    """Also let nearest neighbours vote."""
+    controls: bool = False
+    """Also judge the same network untrained, and the pixels."""
+    seeds: int = 1
+    """Fits of each kind."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Of the encoder's products."""
+    batch_size: int = 256
+    """Pictures that are encoded at a time."""
+    device: Device = "auto"
+    """auto takes a GPU when there is one."""
+    workers: int = 0
+    """Processes that read pictures."""
+    output: str | None = None
+    """The JSON file; None writes probe.json beside the checkpoint."""

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from crate_core.cli import COMMANDS, box_text, main, pick_device
+from crate_core.cli import COMMANDS, box_text, main
+from crate_core.model.build import pick_device
 from crate_core.model.config import CrateMAEConfig
 from crate_core.model.crate import CrateMAE
 from crate_core.training.recipe import PretrainConfig
@@ -74,7 +75,10 @@ def test_help_imports_nothing_heavy() -> None:
 
 
 BAD = [
-    ([], "give a command: pretrain, data, evaluate, reconstruct, inspect, convert"),
+    (
+        [],
+        "give a command: pretrain, data, probe, evaluate, reconstruct, inspect, convert",
+    ),
     (["train"], "unknown command 'train'"),
     (["pretrain", "--epochs", "many"], "--epochs"),
     (["pretrain", "--epoch", "3"], "--epoch"),
@@ -319,7 +323,7 @@ def test_the_installed_entry_is_this_function() -> None:
     assert done.returncode == 2
     assert (
         done.stderr
-        == "crate: unknown command 'nothing'; accepted are pretrain, data, evaluate, reconstruct, inspect, convert\n"
+        == "crate: unknown command 'nothing'; accepted are pretrain, data, probe, evaluate, reconstruct, inspect, convert\n"
     )
 
 

@@ -21,16 +21,16 @@ from crate_core.data.named import open_data
 from crate_core.data.sources import ImageData
 from crate_core.data.understood import readable, understood, with_labels
 from crate_core.evaluation.finetune import FinetuneConfig, finetune
+from crate_core.evaluation.labels import require_probe_labels
 from crate_core.evaluation.neighbours import NEIGHBOURS, neighbour_judge
 from crate_core.evaluation.probe import (
     Judge,
     Score,
-    check_labels,
     judge_features,
     probe_judges,
 )
 from crate_core.model.autoencoder import MaskedAutoencoder
-from crate_core.model.build import fresh_model, load_model
+from crate_core.model.build import fresh_model, load_model, pick_device
 from crate_core.records import RUN_FILE, device_name, provenance, write_json
 from crate_core.training.yardsticks import reconstruction_by_ratio
 
@@ -64,7 +64,7 @@ def run_data(checkpoint: str | Path) -> tuple[str, str]:
 
 
 def evaluate(
-    checkpoint: str | Path,
+    checkpoint: str | Path | MaskedAutoencoder,
     data: str | None = None,
     seeds: int = 5,
     labels_per_class: int = 5,
@@ -72,7 +72,7 @@ def evaluate(
     probe: bool = True,
     neighbours: bool = True,
     fine_tuning: FinetuneConfig | None = None,
-    device: str = "cpu",
+    device: str = "auto",
     workers: int = 0,
     command: str = "crate_core.evaluation.evaluate.evaluate",
     max_unreadable: float = 0.1,
@@ -82,10 +82,10 @@ def evaluate(
 
     Parameters
     ----------
-    checkpoint : directory, bundled name or Hub id, as
+    checkpoint : directory, bundled name, Hub id or a model, as
         :func:`crate_core.model.build.load_model` takes.
     data : as :func:`crate_core.data.named.open_data` takes; what the checkpoint was
-        trained on unless given.
+        trained on unless given.  A model needs it.
     seeds : how many seeds, at least 1.
     labels_per_class : for the probes' second column, see
         :func:`crate_core.evaluation.probe.linear_probes`.
@@ -96,7 +96,8 @@ def evaluate(
         labels.
     fine_tuning : also fine-tune the model, and the same network from scratch, once for
         each seed; ``None`` does not.
-    device, workers : where and with how many reading processes.
+    device, workers : where, "auto" for the best that there is, and with how many
+        reading processes.
     command : what to record as the command.
     max_unreadable : largest share of a part's pictures that may be unreadable.
     report : gets what was understood of the data, before the work.
@@ -116,8 +117,14 @@ def evaluate(
     """
     if seeds < 1:
         raise ValueError(f"seeds={seeds}: at least 1 is needed")
+    device = pick_device(device)
     model = load_model(checkpoint).to(device)
-    spec, root = (data, "data") if data is not None else run_data(checkpoint)
+    if data is not None:
+        spec, root = data, "data"
+    elif isinstance(checkpoint, MaskedAutoencoder):
+        raise ValueError("a model does not say what it was trained on: give data")
+    else:
+        spec, root = run_data(checkpoint)
     opened = open_data(spec, root)
     for line in understood(opened):
         report(line)
@@ -126,7 +133,7 @@ def evaluate(
         report(f"masking ratios left out, too fine for the patches: {impossible}")
     labelled = with_labels(opened)
     if labelled is not None and (probe or neighbours or fine_tuning is not None):
-        check_labels(labelled, labels_per_class)
+        require_probe_labels(labelled, labels_per_class)
     elif fine_tuning is not None:
         raise ValueError(
             "fine-tuning needs labels of at least two classes (class folders, or a "
@@ -144,7 +151,7 @@ def evaluate(
     clock = Stopwatch()
     judges: dict[str, Judge] = probe_judges(labels_per_class) if probe else {}
     if neighbours:
-        judges[f"{NEIGHBOURS} neighbours"] = neighbour_judge
+        judges[f"{NEIGHBOURS} neighbours"] = neighbour_judge(device)
     judged = (
         judge_features(model, labelled, range(seeds), judges, workers)
         if labelled is not None and judges
@@ -297,7 +304,13 @@ def score_lines(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
     lines = [f"  {'':28}" + "".join(f"{column:>22}" for column in columns)]
     for row, by in rows.items():
         cells = [
-            f"{100 * by[column]['mean']:.1f} ± {100 * by[column]['std']:.1f}"
+            f"{100 * by[column]['mean']:.1f}"
+            # one value has no spread
+            + (
+                f" ± {100 * by[column]['std']:.1f}"
+                if len(by[column]["accuracies"]) > 1
+                else ""
+            )
             for column in columns
         ]
         lines.append(f"  {row:28}" + "".join(f"{cell:>22}" for cell in cells))

@@ -28,7 +28,7 @@ from crate_core.data.batches import (
 from crate_core.data.pictures import Picture
 from crate_core.data.sources import ImageData, ImageSource, SelectedImages
 from crate_core.data.transforms import augmented, prepare
-from crate_core.evaluation.probe import class_count
+from crate_core.evaluation.labels import class_count
 from crate_core.keys import Stream, random_generator, random_key
 from crate_core.model.autoencoder import MaskedAutoencoder, evaluation_mode
 from crate_core.shapes import Images, PictureVectors, Tokens

@@ -7,9 +7,11 @@ Book: :ref:`ch-evaluation`.
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from crate_core.data.sources import ImageData, SelectedImages
-from crate_core.evaluation.probe import encode
+from crate_core.evaluation.features import encode
+from crate_core.evaluation.probe import Judge
 from crate_core.model.autoencoder import MaskedAutoencoder
 
 NEIGHBOURS = 20
@@ -29,6 +31,8 @@ def neighbour_votes(
     neighbours: int = NEIGHBOURS,
     temperature: float = TEMPERATURE,
     chunk: int = 512,
+    block: int = 65_536,
+    device: str = "cpu",
 ) -> np.ndarray:
     r"""Votes (m, classes) of the k nearest training rows for each test row,
 
@@ -46,7 +50,9 @@ def neighbour_votes(
     neighbours : k, at least 1; all rows vote if there are fewer.
     temperature : tau, positive.  Towards 0 the nearest decides alone, for large ones
         all k count alike.
-    chunk : test rows at a time; memory is chunk x n similarities.
+    chunk, block : test and training rows at a time; memory is chunk x block
+        similarities, whatever n is.
+    device : where the products are computed.
 
     Raises
     ------
@@ -69,18 +75,39 @@ def neighbour_votes(
         raise ValueError(
             f"{len(labels)} labels for {len(train)} rows: one is needed for each, in 0 to {classes - 1}, and one row"
         )
-    known, asked = (
-        F.normalize(torch.from_numpy(rows).float(), dim=1) for rows in (train, test)
-    )
+    k = min(neighbours, len(train))
     targets = torch.from_numpy(labels)
-    votes = torch.zeros(len(asked), classes)
-    for rows in torch.arange(len(asked)).split(chunk):
-        similarity, nearest = (asked[rows] @ known.T).topk(
-            min(neighbours, len(known)), dim=1
-        )
+    votes = torch.zeros(len(test), classes)
+    for rows in np.array_split(np.arange(len(test)), max(1, -(-len(test) // chunk))):
+        similarity, nearest = nearest_rows(train, test[rows], k, block, device)
         weights = torch.exp((similarity - similarity[:, :1]) / temperature)
         votes[rows] = votes[rows].scatter_add(1, targets[nearest], weights)
     return votes.numpy()
+
+
+def nearest_rows(
+    train: np.ndarray, asked: np.ndarray, k: int, block: int, device: str
+) -> tuple[Tensor, Tensor]:
+    """Cosines (m, k) of the k nearest training rows of each row asked, in falling
+    order, and their numbers; training rows are visited in blocks.
+    """
+    found = F.normalize(unit_input(asked, device), dim=1)
+    best = torch.full((len(asked), k), -torch.inf, device=device)
+    number = torch.zeros(len(asked), k, dtype=torch.int64, device=device)
+    for start in range(0, len(train), block):
+        known = F.normalize(unit_input(train[start : start + block], device), dim=1)
+        cosines = found @ known.T
+        ours = torch.arange(start, start + len(known), device=device)
+        all_cosines = torch.cat([best, cosines], dim=1)
+        all_numbers = torch.cat([number, ours.expand(len(asked), -1)], dim=1)
+        best, chosen = all_cosines.topk(k, dim=1)
+        number = all_numbers.gather(1, chosen)
+    return best.cpu(), number.cpu()
+
+
+def unit_input(rows: np.ndarray, device: str) -> Tensor:
+    """Rows as float32 on a device, whatever they are stored as."""
+    return torch.from_numpy(np.asarray(rows, dtype=np.float32)).to(device)
 
 
 def neighbour_accuracy(
@@ -90,6 +117,7 @@ def neighbour_accuracy(
     test_labels: np.ndarray,
     neighbours: int = NEIGHBOURS,
     temperature: float = TEMPERATURE,
+    device: str = "cpu",
 ) -> float:
     """Share of test rows whose most voted class (:func:`neighbour_votes`) is theirs, in
     [0, 1].
@@ -97,7 +125,13 @@ def neighbour_accuracy(
     Book: :ref:`ch-evaluation`.
     """
     votes = neighbour_votes(
-        train, train_labels, test, int(train_labels.max()) + 1, neighbours, temperature
+        train,
+        train_labels,
+        test,
+        int(train_labels.max()) + 1,
+        neighbours,
+        temperature,
+        device=device,
     )
     return float((votes.argmax(axis=1) == test_labels).mean())
 
@@ -125,15 +159,19 @@ def held_out_neighbours(
     }
 
 
-def neighbour_judge(
-    train: np.ndarray,
-    labels: np.ndarray,
-    test: np.ndarray,
-    test_labels: np.ndarray,
-    seed: int,
-) -> float:
+def neighbour_judge(device: str = "cpu") -> Judge:
     """:func:`neighbour_accuracy` as a column of
-    :func:`crate_core.evaluation.probe.judge_features`: there is nothing to draw.
+    :func:`crate_core.evaluation.probe.judge_features`; a seed changes nothing.
     """
-    del seed
-    return neighbour_accuracy(train, labels, test, test_labels)
+
+    def accuracy(
+        train: np.ndarray,
+        labels: np.ndarray,
+        test: np.ndarray,
+        test_labels: np.ndarray,
+        seed: int,
+    ) -> float:
+        del seed
+        return neighbour_accuracy(train, labels, test, test_labels, device=device)
+
+    return Judge(accuracy, draws=False)

@@ -15,49 +15,24 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedShuffleSplit
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from crate_core.data.batches import (
-    MAX_UNREADABLE,
-    UnreadableCount,
-    readable_batches,
-)
-from crate_core.data.sources import ImageData, ImageSource, SelectedImages
-from crate_core.model.autoencoder import MaskedAutoencoder, evaluation_mode
+from crate_core.data.batches import MAX_UNREADABLE
+from crate_core.data.sources import ImageData, SelectedImages
+from crate_core.evaluation.features import encode
+from crate_core.evaluation.labels import few_labels, require_probe_labels
+from crate_core.model.autoencoder import MaskedAutoencoder
 from crate_core.model.build import fresh_model
-from crate_core.shapes import Images
 
 INVERSE_REGULARIZATION = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Values of scikit-learn's C that a probe chooses from."""
 
 CHOOSING = 10_000
 """Labels that C is chosen on, where there are more: a fifth of them validates."""
-
-PIXEL_SIDE = 32
-"""Larger pictures are averaged down to this side for the pixel control, which would not
-fit in memory otherwise.
-"""
-
-
-@dataclass(frozen=True)
-class Features:
-    """What probes are fitted on, one row a picture: ``class_token`` (n, d),
-    ``patch_mean`` (n, d), ``pixels`` (n, m), ``labels`` (n,) and ``indices`` (n,), the
-    pictures' numbers; ``unreadable`` names those that were left out.
-    """
-
-    class_token: np.ndarray
-    patch_mean: np.ndarray
-    pixels: np.ndarray
-    labels: np.ndarray
-    indices: np.ndarray
-    unreadable: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -82,93 +57,7 @@ class Score:
         return {"mean": self.mean, "std": self.std, "accuracies": list(self.accuracies)}
 
 
-@torch.no_grad()
-def encode(
-    model: MaskedAutoencoder,
-    source: ImageSource,
-    batch_size: int = 256,
-    workers: int = 0,
-    max_unreadable: float = MAX_UNREADABLE,
-    part: str = "",
-) -> Features:
-    r"""Features of all pictures of a source, computed once, nothing masked.
-
-    With encoder output :math:`(z_0, z_1, \dots, z_L)`: the class token :math:`z_0`, the
-    mean of patch tokens :math:`\tfrac1L \sum_{i \ge 1} z_i`, and the pixels.
-
-    Parameters
-    ----------
-    model : used in evaluation mode, on its device.
-    source : pictures; brought to the model's image size and channels.
-    batch_size, workers : how they are read.
-    max_unreadable : largest share of the pictures that may be unreadable.
-    part : what to call the pictures in a message, such as "held-out".
-
-    Warns
-    -----
-    UnreadablePictureWarning
-        Naming pictures that were left out.
-
-    Raises
-    ------
-    ValueError
-        If no picture can be read, or more than ``max_unreadable`` of them cannot.
-
-    Book: :ref:`ch-first-training`.
-    """
-    unreadable = UnreadableCount(len(source), max_unreadable, {}, part)
-    with evaluation_mode(model):
-        device = next(model.parameters()).device
-        size, channels = model.config.image_shape, model.config.channels
-        tokens, means, pixels, indices = [], [], [], []
-        for batch in readable_batches(
-            source, size, channels, unreadable, batch_size, workers
-        ):
-            features = model.forward_features(
-                model.standardize(batch.images.to(device))
-            )
-            tokens.append(features[:, 0].cpu())
-            means.append(features[:, 1:].mean(dim=1).cpu())
-            pixels.append(small_pixels(batch.images))
-            indices.append(batch.indices)
-    kept = torch.cat(indices).numpy()
-    labels = np.full(len(kept), -1) if source.labels is None else source.labels[kept]
-    return Features(
-        torch.cat(tokens).numpy(),
-        torch.cat(means).numpy(),
-        torch.cat(pixels).numpy(),
-        labels,
-        kept,
-        unreadable.names,
-    )
-
-
-def small_pixels(images: Images) -> torch.Tensor:
-    """Flattened pixels (B, m) of pictures averaged down to at most ``PIXEL_SIDE`` a
-    side.
-    """
-    size = [min(side, PIXEL_SIDE) for side in images.shape[-2:]]
-    return F.interpolate(images, size=size, mode="area").flatten(1)
-
-
-def few_labels(labels: np.ndarray, per_class: int, seed: int) -> np.ndarray:
-    """Indices of ``per_class`` pictures of each class, drawn with ``seed``, sorted.
-
-    Raises ``ValueError`` naming a class that has fewer.
-    """
-    generator = np.random.default_rng(seed)
-    chosen = []
-    for label in np.unique(labels):
-        members = np.flatnonzero(labels == label)
-        if len(members) < per_class:
-            raise ValueError(
-                f"class {label} has {len(members)} training pictures, {per_class} labels a class are asked"
-            )
-        chosen.append(generator.choice(members, per_class, replace=False))
-    return np.sort(np.concatenate(chosen))
-
-
-def probe(inverse_regularization: float) -> Pipeline:
+def probe_pipeline(inverse_regularization: float) -> Pipeline:
     """Columns scaled to mean 0 and variance 1, then multinomial logistic regression."""
     return make_pipeline(
         StandardScaler(), LogisticRegression(C=inverse_regularization, max_iter=500)
@@ -218,7 +107,9 @@ def fit_probe(
         for c in INVERSE_REGULARIZATION:
             accuracy = np.mean(
                 [
-                    probe(c).fit(features[a], labels[a]).score(features[b], labels[b])
+                    probe_pipeline(c)
+                    .fit(features[a], labels[a])
+                    .score(features[b], labels[b])
                     for a, b in folds
                 ]
             )
@@ -226,7 +117,7 @@ def fit_probe(
                 best, highest = c, accuracy
             elif accuracy < highest and not scarce:
                 break
-        return probe(best).fit(features, labels), best
+        return probe_pipeline(best).fit(features, labels), best
 
 
 def probe_accuracy(
@@ -243,10 +134,17 @@ def probe_accuracy(
     return float(fitted.score(test, test_labels))
 
 
-Judge = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray, int], float]
-"""Accuracy from (training features, their labels, held-out features, their labels,
-seed).
-"""
+@dataclass(frozen=True)
+class Judge:
+    """One column of a table of features: ``accuracy`` from (training features, their
+    labels, held-out features, their labels, seed).
+
+    ``draws`` says whether the seed changes anything; where it does not, the same
+    features are judged once.
+    """
+
+    accuracy: Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray, int], float]
+    draws: bool = True
 
 
 def judge_features(
@@ -273,8 +171,9 @@ def judge_features(
 
     Returns
     -------
-    {row: {column: Score}}, rows "trained, class token", "trained, mean of patches", the same "untrained", and
-    "raw pixels".
+    {row: {column: Score}}, rows "trained, class token", "trained, mean of patches", the
+    same "untrained", and "raw pixels".  A score has one accuracy a seed, and a single
+    one where seeds change neither the features nor the judge.
 
     Raises
     ------
@@ -310,8 +209,13 @@ def judge_features(
         }
         for row, (train, test) in rows.items():
             for column, judge in judges.items():
-                verdict = judge(train, trained[0].labels, test, trained[1].labels, seed)
-                accuracies.setdefault(row, {}).setdefault(column, []).append(verdict)
+                told = accuracies.setdefault(row, {}).setdefault(column, [])
+                if told and not judge.draws and not row.startswith("untrained"):
+                    continue  # the same features, and nothing to draw
+                verdict = judge.accuracy(
+                    train, trained[0].labels, test, trained[1].labels, seed
+                )
+                told.append(verdict)
     return {
         row: {column: Score(tuple(a)) for column, a in by.items()}
         for row, by in accuracies.items()
@@ -323,9 +227,9 @@ def probe_judges(labels_per_class: int) -> dict[str, Judge]:
     :func:`judge_features`.
     """
     return {
-        "all labels": probe_accuracy,
-        f"{labels_per_class} labels a class": partial(
-            probe_accuracy, labels_per_class=labels_per_class
+        "all labels": Judge(probe_accuracy),
+        f"{labels_per_class} labels a class": Judge(
+            partial(probe_accuracy, labels_per_class=labels_per_class)
         ),
     }
 
@@ -352,58 +256,6 @@ def linear_probes(
 
     Book: :ref:`ch-first-training`.
     """
-    check_labels(data, labels_per_class)
+    require_probe_labels(data, labels_per_class)
     judges = probe_judges(labels_per_class)
     return judge_features(model, data, seeds, judges, workers, max_unreadable)
-
-
-def class_count(data: ImageData) -> int:
-    """How many classes the labels of both parts speak of.
-
-    Raises ``ValueError`` unless every picture of both parts has a label, held-out ones
-    of classes that there are to train on, and there are at least two classes.
-    """
-    parts = {"training": data.train.labels, "held-out": data.held_out.labels}
-    for part, labels in parts.items():
-        if labels is None:
-            raise ValueError(
-                f"labels are needed (class folders, or a label column); these {part} pictures have none"
-            )
-        if len(labels) and labels.min() < 0:
-            raise ValueError(
-                f"label {labels.min()} of a {part} picture: classes are counted from 0, none may be missing"
-            )
-    train, held_out = (
-        np.unique(labels) for labels in parts.values() if labels is not None
-    )
-    if len(train) < 2:
-        raise ValueError("at least two classes are needed, these pictures have one")
-    strange = np.setdiff1d(held_out, train)
-    if len(strange):
-        raise ValueError(
-            f"held-out pictures have {len(strange)} classes that no training picture has, such as {strange[0]}: "
-            f"{len(held_out)} classes held out, {len(train)} to train on"
-        )
-    named = len(data.classes)
-    if named and train[-1] >= named:
-        raise ValueError(
-            f"label {train[-1]} is out of range: the data names {named} classes, counted from 0"
-        )
-    return max(named, int(train[-1]) + 1)
-
-
-def check_labels(data: ImageData, labels_per_class: int) -> None:
-    """``ValueError`` unless both parts have labels of at least two classes, and enough
-    of each to probe.
-    """
-    class_count(data)
-    if labels_per_class < 2:
-        raise ValueError(
-            f"labels_per_class={labels_per_class}: at least 2 are needed, one to fit and one to validate"
-        )
-    classes, counts = np.unique(np.asarray(data.train.labels), return_counts=True)
-    if counts.min() < labels_per_class:
-        rare = int(classes[counts.argmin()])
-        raise ValueError(
-            f"class {rare} has {counts.min()} training pictures, labels_per_class={labels_per_class}"
-        )

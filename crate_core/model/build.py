@@ -68,3 +68,20 @@ def load_model(name: str | Path | MaskedAutoencoder) -> MaskedAutoencoder:
     return architecture(config_from_dict(read_config(directory))).from_pretrained(
         directory
     )
+
+
+def pick_device(device: str = "auto") -> str:
+    """``auto`` as the best device there is; ``ValueError`` if the one asked for is not
+    there.
+    """
+    available = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if device == "auto":
+        return next(name for name in ("cuda", "mps", "cpu") if available[name])
+    if not available.get(device.partition(":")[0], False):
+        there = [name for name, found in available.items() if found]
+        raise ValueError(f"device={device!r} is not there; this machine has {there}")
+    return device

@@ -27,18 +27,16 @@ from crate_core.evaluation.evaluate import (
     save_evaluation,
     table,
 )
+from crate_core.evaluation.features import PIXEL_SIDE, encode, small_pixels
 from crate_core.evaluation.finetune import FinetuneConfig, finetune
+from crate_core.evaluation.labels import few_labels
 from crate_core.evaluation.probe import (
     INVERSE_REGULARIZATION,
-    PIXEL_SIDE,
     Score,
-    encode,
-    few_labels,
     fit_probe,
     linear_probes,
-    probe,
     probe_accuracy,
-    small_pixels,
+    probe_pipeline,
 )
 from crate_core.keys import evaluation_noise, mask_noise
 from crate_core.model.build import build_model, fresh_model
@@ -362,14 +360,14 @@ def test_the_choice_of_regularisation_sees_no_held_out_picture(model: CrateMAE) 
     seen: list[np.ndarray] = []
 
     def recorded(c: float) -> Any:
-        pipeline = probe(c)
+        pipeline = probe_pipeline(c)
         fit, score = pipeline.fit, pipeline.score
         pipeline.fit = lambda x, y: (seen.append(x), fit(x, y))[1]
         pipeline.score = lambda x, y: (seen.append(x), score(x, y))[1]
         return pipeline
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(crate_core.evaluation.probe, "probe", recorded)
+        patch.setattr(crate_core.evaluation.probe, "probe_pipeline", recorded)
         fitted, c = fit_probe(train, labels, seed=0)
     rows = {tuple(row) for row in train}
     assert all({tuple(row) for row in x} <= rows for x in seen)
@@ -399,13 +397,13 @@ def test_many_labels_choose_on_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
 
     def recorded(c: float) -> Any:
-        pipeline = probe(c)
+        pipeline = probe_pipeline(c)
         fit = pipeline.fit
         pipeline.fit = lambda x, y: (sizes.append(len(x)), fit(x, y))[1]
         return pipeline
 
     monkeypatch.setattr(crate_core.evaluation.probe, "CHOOSING", 600)
-    monkeypatch.setattr(crate_core.evaluation.probe, "probe", recorded)
+    monkeypatch.setattr(crate_core.evaluation.probe, "probe_pipeline", recorded)
     fit_probe(x, labels, seed=0)
     assert set(sizes[:-1]) == {480}
     assert sizes[-1] == 900

@@ -27,7 +27,7 @@ from crate_core.evaluation.finetune import (
     pool,
     shifted,
 )
-from crate_core.evaluation.probe import class_count
+from crate_core.evaluation.labels import class_count
 from crate_core.keys import Stream, random_key
 from crate_core.model.build import fresh_model, load_model
 from crate_core.model.config import CrateMAEConfig, FrameConfig, ViTMAEConfig

@@ -105,7 +105,10 @@ def test_accuracy_counts_right_winners() -> None:
     train = np.eye(3, dtype=np.float32)
     labels, test = np.array([0, 1, 2]), np.eye(3, dtype=np.float32)[[0, 1, 1, 2]]
     assert neighbour_accuracy(train, labels, test, np.array([0, 1, 2, 2]), 1) == 0.75
-    assert neighbour_judge(train, labels, test, np.array([0, 1, 1, 2]), 0) == 1.0
+    assert (
+        neighbour_judge().accuracy(train, labels, test, np.array([0, 1, 1, 2]), 0)
+        == 1.0
+    )
     generator = np.random.default_rng(0)
     y = generator.integers(0, 10, 4000)
     noise = generator.normal(size=(4000, 8)).astype(np.float32)
