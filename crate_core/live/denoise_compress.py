@@ -160,7 +160,7 @@ FIGURE = LiveFigure(
             (
                 ("plane", "2 lines at a right angle"),
                 ("slanted", "2 lines at 40°"),
-                ("many", "4 subspaces (p = 6), 24 dimensions"),
+                ("many", "4 subspaces, 24 dimensions"),
             ),
             "many",
         ),

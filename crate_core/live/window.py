@@ -116,11 +116,11 @@ FIGURE = LiveFigure(
     controls=(
         Choice(
             "size",
-            "Sizes",
+            "Sizes d, K, p",
             (
-                ("base", "Base: d = 768, K = 12, p = 64"),
-                ("small", "d = 192, K = 12, p = 16"),
-                ("first", "d = 24, K = 4, p = 6"),
+                ("base", "768, 12, 64 (Base)"),
+                ("small", "192, 12, 16"),
+                ("first", "24, 4, 6"),
             ),
             "base",
         ),

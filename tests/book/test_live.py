@@ -6,19 +6,32 @@ Without Chromium these tests skip.
 """
 
 import math
+import os
 import random
 import re
 import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import nbformat
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from crate_core.live.figure import FIGURES, live_html
+from crate_core.live.model import network
 from crate_core.live.parts import Choice, Control, LiveFigure, Slider
 
 pytestmark = [pytest.mark.repository]
+ROOT = Path(__file__).resolve().parents[2]
 
 FLAGS = [
     "--no-sandbox",
@@ -271,8 +284,174 @@ def test_drag_and_arrow_keys_move_a_token(browser: Any, written: Path) -> None:
         assert tab.trouble == []
 
 
+def test_patches_hide_by_click_by_space_and_by_ratio(
+    browser: Any, written: Path
+) -> None:
+    with Tab(browser, written / "model.html") as tab:
+        tab.page.wait_for_selector("[data-live-figure=model].live-on")
+        read = "() => crateLive.view('model').state"
+        first = tab.page.evaluate(read)["hidden"]
+        plot = tab.page.locator("svg.live-plot")
+        box = plot.locator("image").first.bounding_box()
+        side = box["width"] / 8
+        # the third patch of the second row
+        tab.page.mouse.click(box["x"] + 2.5 * side, box["y"] + 1.5 * side)
+        state = tab.page.evaluate(read)
+        changed = [i for i in range(64) if state["hidden"][i] != first[i]]
+        assert changed == [10]
+        assert state["patch"] == 10
+        assert state["ratio"] == sum(state["hidden"]) / 64
+        plot.focus()
+        tab.page.keyboard.press("ArrowRight")
+        tab.page.keyboard.press("Space")
+        state = tab.page.evaluate(read)
+        assert state["patch"] == 11
+        assert state["hidden"][11] != first[11]
+        tab.page.locator("#live-model-ratio").focus()
+        tab.page.keyboard.press("End")
+        assert sum(tab.page.evaluate(read)["hidden"]) == 60
+        once = tab.page.evaluate(read)["hidden"]
+        tab.page.get_by_role("button", name="Hide other patches").click()
+        again = tab.page.evaluate(read)["hidden"]
+        assert sum(again) == 60
+        assert again != once
+        assert tab.trouble == []
+
+
+def test_the_readers_own_picture_is_completed_and_stays(
+    browser: Any, written: Path, tmp_path: Path
+) -> None:
+    # halves of two colours, wider than high: the middle square is taken
+    picture = np.zeros((64, 96, 3), dtype=np.uint8)
+    picture[:, :48] = (200, 40, 40)
+    picture[:, 48:] = (40, 40, 200)
+    Image.fromarray(picture).save(tmp_path / "own.png")
+    with Tab(browser, written / "model.html") as tab:
+        tab.page.wait_for_selector("[data-live-figure=model].live-on")
+        tab.page.locator("#live-model-own").set_input_files(tmp_path / "own.png")
+        tab.page.wait_for_function("crateLive.view('model').state.picture === 'own'")
+        found = tab.page.evaluate(
+            "() => crateLive.numbers('model', crateLive.view('model').state)"
+        )
+        model = network(True)
+        middle = torch.from_numpy(picture[::2, 16:80:2]).permute(2, 0, 1)[None]
+        images = model.standardize(middle)
+        hidden = 0.9 * torch.tensor([FIGURES["model"].state["hidden"]])
+        with torch.no_grad():
+            ours = model(images, 0.75, hidden.float()).logits[0].tolist()
+        # the browser may have averaged at the edge between the colours: most patches
+        wrong = differences(ours, found["predicted"], 0.05)
+        assert len(wrong) < 0.1 * 64 * 48
+        assert tab.trouble == []
+
+
+def test_motion_runs_only_when_it_is_wanted(browser: Any, written: Path) -> None:
+    play = "button.live-play"
+    read = "() => crateLive.view('flow').state.time"
+    with Tab(browser, written / "flow.html") as tab:
+        tab.page.wait_for_selector("[data-live-figure=flow].live-on")
+        before = tab.page.evaluate(read)
+        tab.page.wait_for_timeout(200)
+        assert tab.page.evaluate(read) == before
+        tab.page.locator(play).click()
+        tab.page.wait_for_function(f"({read})() > {before}")
+        tab.page.locator(play).click()
+        assert tab.page.locator(play).inner_text() == "Play"
+    with Tab(browser, written / "flow.html", reduced_motion="reduce") as tab:
+        tab.page.wait_for_selector("[data-live-figure=flow].live-on")
+        assert tab.page.locator(play).count() == 0
+        assert tab.page.locator("#live-flow-time").count() == 1
+
+
+def test_paper_gets_the_still(browser: Any, written: Path) -> None:
+    with Tab(browser, written / "window.html") as tab:
+        tab.page.wait_for_selector("[data-live-figure=window].live-on")
+        assert not tab.page.locator(".live-still img").is_visible()
+        tab.page.emulate_media(media="print")
+        assert tab.page.locator(".live-still img").is_visible()
+        assert not tab.page.locator(".live-stage").is_visible()
+
+
+@pytest.fixture(scope="module")
+def jupyter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a JupyterLab with one notebook that shows a live figure."""
+    if find_spec("jupyterlab") is None:
+        pytest.skip("JupyterLab is not installed: pip install -e '.[book]'")
+    folder = tmp_path_factory.mktemp("lab")
+    cell = nbformat.v4.new_code_cell(
+        "from crate_core.live.figure import live_figure\nlive_figure('window')"
+    )
+    last = nbformat.v4.new_code_cell("1 + 1")
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    notebook = nbformat.v4.new_notebook(
+        cells=[cell, last], metadata={"kernelspec": kernel}
+    )
+    nbformat.write(notebook, folder / "live.ipynb")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    settings = {"token": "t", "port": port, "port_retries": 0, "open_browser": False}
+    flags = [f"--ServerApp.{name}={value}" for name, value in settings.items()]
+    if hasattr(os, "geteuid") and os.geteuid() == 0:
+        flags.append("--allow-root")
+    server = subprocess.Popen(
+        [sys.executable, "-m", "jupyterlab", *flags, f"--ServerApp.root_dir={folder}"],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "JUPYTER_CONFIG_DIR": str(folder)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        address = f"http://127.0.0.1:{port}"
+        for _ in range(240):
+            assert server.poll() is None, "JupyterLab did not start"
+            try:
+                urllib.request.urlopen(f"{address}/api/status?token=t", timeout=5)
+                break
+            except OSError:
+                time.sleep(0.5)
+        else:
+            pytest.fail("JupyterLab did not answer within two minutes")
+        yield f"{address}/lab/tree/live.ipynb?token=t"
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+def test_in_jupyterlab_arrow_keys_move_the_slider_and_not_the_cell(
+    browser: Any, jupyter: str
+) -> None:
+    context = browser.new_context(viewport={"width": 1200, "height": 1000})
+    page = context.new_page()
+    page.set_default_timeout(120_000)
+    page.goto(jupyter)
+    page.locator(".jp-Notebook .jp-CodeCell").first.click()
+    # the kernel's first answer may take long on a busy machine
+    page.wait_for_selector(
+        ".jp-NotebookPanel-toolbar [data-status=idle], [data-status=idle]"
+    )
+    page.keyboard.press("Control+Enter")
+    page.wait_for_selector("[data-live-figure=window].live-on")
+    slider = page.locator("#live-window-noise")
+    slider.focus()
+    read = "() => crateLive.view('window').state.noise"
+    before = page.evaluate(read)
+    selected = "() => [...document.querySelectorAll('.jp-Cell')].findIndex(c => c.matches('.jp-mod-active'))"
+    cell = page.evaluate(selected)
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowUp")
+    assert page.evaluate(read) > before
+    assert page.evaluate(selected) == cell
+    page.locator("[data-live-figure=window] svg.live-plot").focus()
+    tokens = page.evaluate("() => crateLive.view('window').state.tokens")
+    page.keyboard.press("ArrowRight")
+    assert page.evaluate("() => crateLive.view('window').state.tokens") > tokens
+    assert page.evaluate(selected) == cell
+    context.close()
+
+
 def test_scripts_and_python_name_the_same_files() -> None:
-    folder = Path(__file__).resolve().parents[2] / "crate_core" / "live"
+    folder = ROOT / "crate_core" / "live"
     named = {figure.script for figure in FIGURES.values()} | {"helper.js"}
     assert {path.name for path in folder.glob("*.js")} == named
     for figure in FIGURES.values():
