@@ -3,6 +3,7 @@ the book's form.
 """
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -145,6 +146,24 @@ def test_ledger_has_every_claim_once() -> None:
     assert {kind: number for kind, number in by_kind.items() if number} == dict(
         verdicts
     )
+
+
+@pytest.mark.book
+@pytest.mark.usefixtures("build_log")
+def test_ledger_for_programs_has_the_same_claims() -> None:
+    listed = json.loads((HTML / "ledger.json").read_text(encoding="utf8"))
+    page = BeautifulSoup(
+        (HTML / "book" / "ledger.html").read_text(encoding="utf8"), "html.parser"
+    )
+    labels = [link.get_text() for link in page.select("table.ledger a.ledger-link")]
+    assert [entry["id"] for entry in listed] == labels
+    fields = ("id", "chapter", "claim", "conditions", "kind", "evidence")
+    for entry in listed:
+        assert set(entry) == {*fields, "alternatives", "recomputed"}
+        assert all(isinstance(entry[name], str) and entry[name] for name in fields)
+        assert (ROOT / "book" / f"{entry['chapter']}.md").is_file()
+        if entry["kind"] != "not reproduced" and entry["chapter"] not in OLD_CLAIMS:
+            assert entry["alternatives"], entry["id"]
 
 
 @pytest.mark.book

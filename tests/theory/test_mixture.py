@@ -283,6 +283,10 @@ def test_coherence_is_the_largest_cosine_between_subspaces():
     second[0, 0], second[2, 0], second[3, 1] = math.cos(angle), math.sin(angle), 1.0
     assert coherence(torch.stack([first, second])) == pytest.approx(math.cos(angle))
     assert coherence(torch.stack([first, first])) == pytest.approx(1.0)
+    third = torch.eye(4, dtype=F64)[:, 2:]  # orthogonal to the first
+    closest = max(math.cos(angle), coherence(torch.stack([second, third])))
+    together = torch.stack([first, second, third])
+    assert coherence(together) == pytest.approx(closest)
 
 
 @settings(max_examples=20)
