@@ -383,6 +383,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         COMMANDS[name](rest, shlex.join(["crate", *given]))
     except SystemExit as end:  # after --help
         return int(end.code or 0)
+    except BrokenPipeError:  # who read our output has seen enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
         return fail(
             f"crate {name}: interrupted; the same command again continues a pretraining run",

@@ -4,6 +4,7 @@ read, are without a label, or of one class.
 
 import json
 import os
+import subprocess
 import sys
 import weakref
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from tiny_runs import tiny, train
+from tiny_runs import ENVIRONMENT, tiny, train
 
 from crate_core.cli import main
 from crate_core.data.pictures import Picture
@@ -207,6 +208,19 @@ def test_reconstruct_names_rows_and_what_is_left_out(
     for count in ("0", "-3", "400"):
         assert main([*command, "--data", "digits", "--count", count]) == 2
         assert f"--count {count}: 1 to " in capsys.readouterr().err
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path) -> None:
+    tree(tmp_path, 6)
+    command = [sys.executable, "-m", "crate_core.cli", "data", f"folder:{tmp_path}"]
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        command, env=ENVIRONMENT, stdout=writing, stderr=subprocess.PIPE, check=False
+    )
+    os.close(writing)
+    assert done.returncode == 1
+    assert done.stderr == b""
 
 
 def test_names_that_a_console_cannot_print_are_escaped(
