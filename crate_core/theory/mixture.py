@@ -152,8 +152,8 @@ class LowRankGaussianMixture:
 
     .. math::
 
-        z = U_s a + \sigma w, \qquad s \sim \pi, \quad a \sim \mathcal{N}(0,
-        \mathrm{diag}(\tau_s^2)), \quad w \sim \mathcal{N}(0, I_d),
+        z = U_k a + \sigma w, \qquad k \sim \pi, \quad a \sim \mathcal{N}(0,
+        \mathrm{diag}(\tau_k^2)), \quad w \sim \mathcal{N}(0, I_d),
 
     so that component k is :math:`\mathcal{N}(0, C_k)` with
     :math:`C_k = U_k \mathrm{diag}(\tau_k^2) U_k^\top + \sigma^2 I`.
@@ -274,9 +274,9 @@ class LowRankGaussianMixture:
         labels: Labels | None = None,
         generator: torch.Generator | None = None,
     ) -> MixtureSample:
-        r"""Draw n tokens :math:`z_i = U_{s_i} a_i + \sigma w_i`.
+        r"""Draw n tokens :math:`z_i = U_{k_i} a_i + \sigma w_i`.
 
-        ``labels`` (n,) fixes the memberships :math:`s_i`; otherwise they are drawn from
+        ``labels`` (n,) fixes the memberships :math:`k_i`; otherwise they are drawn from
         the weights.  ``sigma = 0`` returns the clean signal.
 
         Raises
