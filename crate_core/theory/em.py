@@ -85,9 +85,11 @@ def fit_mixture(
     :math:`\hat C_k = \sum_i \gamma_{ik} z_i z_i^\top / \sum_i \gamma_{ik}`, the columns of
     :math:`U_k` are its leading p eigenvectors, :math:`\tau_{kj}^2` its eigenvalues less
     :math:`\sigma^2`, and :math:`\sigma^2` the mean of what remains.  Means are zero:
-    subtract them first.  Some energy must lie outside the leading eigenvectors: without,
-    the likelihood has no maximum (proof in :ref:`ch-appendix`).  Starts from the tokens clustered by direction around randomly
-    drawn ones; ends in a local maximum, so several generators give several answers.
+    subtract them first.  Some energy must lie outside the leading eigenvectors:
+    without it the likelihood has no maximum (proof in :ref:`ch-appendix`).
+
+    Starts from the tokens clustered by direction around randomly drawn ones; ends in a
+    local maximum, so several generators give several answers.
 
     Parameters
     ----------
