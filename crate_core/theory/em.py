@@ -82,10 +82,10 @@ def fit_mixture(
     \sigma` from tokens alone.
 
     The E-step is :meth:`LowRankGaussianMixture.posterior`.  The M-step is exact: with
-    :math:`\hat C_k = \sum_i \gamma_{ik} z_i z_i^\top / \sum_i \gamma_{ik}`, the columns of
-    :math:`U_k` are its leading p eigenvectors, :math:`\tau_{kj}^2` its eigenvalues less
-    :math:`\sigma^2`, and :math:`\sigma^2` the mean of what remains.  Means are zero:
-    subtract them first.  Some energy must lie outside the leading eigenvectors:
+    :math:`\hat C_k = \sum_i \gamma_{ik} z_i z_i^\top / \sum_i \gamma_{ik}`, the columns
+    of :math:`U_k` are its leading p eigenvectors, :math:`\tau_{kj}^2` its eigenvalues
+    less :math:`\sigma^2`, and :math:`\sigma^2` the mean of what remains.  Means are
+    zero: subtract them first.  Some energy must lie outside the leading eigenvectors:
     without it the likelihood has no maximum (proof in :ref:`ch-appendix`).
 
     Starts from the tokens clustered by direction around randomly drawn ones; ends in a
