@@ -1,4 +1,4 @@
-r"""The ``crate`` command: pretrain, data, probe, evaluate, reconstruct, inspect, convert.
+r"""The ``crate`` command and its subcommands, from pretraining to converted weights.
 
 What a subcommand needs is imported when it runs.  Bad input ends in one line on stderr
 and exit code 2, a run that failed on its way in exit code 1; neither shows a traceback.
@@ -42,12 +42,14 @@ USAGE = """usage: crate COMMAND [OPTIONS]
 CRATE-MAE: white-box masked autoencoding.
 
 commands:
-  pretrain      train on digits, a folder of images, a torchvision or Hugging Face dataset; or continue a run
+  pretrain      train on digits, a folder, a torchvision or Hugging Face dataset; go on
+                with a run that was cut off
   data          what is understood of data, with a sheet of its pictures
-  probe         linear probe and neighbours at any size, on features that are computed once
-  evaluate      probes, neighbours, fine-tuning beside their controls, and reconstruction by masking ratio
+  probe         linear probe and neighbours at any size, on features computed once
+  evaluate      probes, neighbours, fine-tuning beside their controls; reconstruction by
+                masking ratio
   reconstruct   a picture of masked inputs, reconstructions and originals
-  inspect       what layers, tokens and heads do, beside an untrained control: one HTML page
+  inspect       what layers, tokens and heads do, beside an untrained control: one page
   convert       the authors' mae_crate_* checkpoint to this package's files
 
 crate COMMAND --help lists a command's options.
@@ -301,7 +303,8 @@ def run_reconstruct(arguments: Sequence[str], command: str) -> None:
     noise = evaluation_noise(options.seed, len(pictures), math.prod(model.config.grid))
     save_reconstructions(options.output, model, pictures, options.mask_ratio, noise)
     print(
-        f"{len(pictures)} pictures with {options.mask_ratio:.0%} of the patches removed, saved in {options.output}"
+        f"{len(pictures)} pictures with {options.mask_ratio:.0%} of the patches "
+        f"removed, saved in {options.output}"
     )
 
 
@@ -338,7 +341,8 @@ def run_convert(arguments: Sequence[str], command: str) -> None:
     model.save_pretrained(options.output_dir)
     parameters = sum(p.numel() for p in model.parameters())
     print(
-        f"{parameters:,} parameters saved in {options.output_dir}: config.json, model.safetensors"
+        f"{parameters:,} parameters saved in {options.output_dir}: config.json, "
+        "model.safetensors"
     )
 
 
@@ -388,12 +392,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return fail(
-            f"crate {name}: interrupted; the same command again continues a pretraining run",
+            f"crate {name}: interrupted; the same command again continues a "
+            "pretraining run",
             130,
         )
     except ModuleNotFoundError as error:
         return fail(
-            f"crate {name}: {error}; it comes with the extra: pip install 'crate-core[train]'",
+            f"crate {name}: {error}; it comes with the extra: "
+            "pip install 'crate-core[train]'",
             1,
         )
     except ArithmeticError as error:

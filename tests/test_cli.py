@@ -77,7 +77,7 @@ def test_help_imports_nothing_heavy() -> None:
 BAD = [
     (
         [],
-        "give a command: pretrain, data, probe, evaluate, reconstruct, inspect, convert",
+        f"give a command: {', '.join(COMMANDS)}",
     ),
     (["train"], "unknown command 'train'"),
     (["pretrain", "--epochs", "many"], "--epochs"),
@@ -323,7 +323,7 @@ def test_the_installed_entry_is_this_function() -> None:
     assert done.returncode == 2
     assert (
         done.stderr
-        == "crate: unknown command 'nothing'; accepted are pretrain, data, probe, evaluate, reconstruct, inspect, convert\n"
+        == f"crate: unknown command 'nothing'; accepted are {', '.join(COMMANDS)}\n"
     )
 
 
@@ -344,7 +344,8 @@ def test_the_preset_is_found_in_both_forms(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_box_becomes_its_first_paragraph() -> None:
-    box = "╭─ Error ─╮\n│ Wrong     │\n│ number.   │\n│ ───────── │\n│ See help. │\n╰─────────╯\n"
+    lines = ["╭─ Error ─╮", "│ Wrong     │", "│ number.   │", "│ ───────── │"]
+    box = "\n".join([*lines, "│ See help. │", "╰─────────╯", ""])
     assert box_text(box) == "Wrong number."
     assert box_text("plain\ntext") == "plain text"
 

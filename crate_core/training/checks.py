@@ -15,7 +15,9 @@ import torch
 
 
 def require(record: Any, name: str, ok: bool, accepted: str) -> None:
-    """``ValueError`` that names a field, its value and what is accepted, unless ``ok``."""
+    """``ValueError`` that names a field, its value and what is accepted, unless
+    ``ok``.
+    """
     if not ok:
         value = getattr(record, name)
         raise ValueError(f"{name}={value!r}: accepted is {accepted}")
@@ -29,7 +31,9 @@ def store(record: Any, name: str, value: Any) -> None:
 def check_integer(
     record: Any, name: str, least: int = 0, optional: bool = False
 ) -> None:
-    """An integer of at least ``least``, or ``None`` if ``optional``; kept as ``int``."""
+    """An integer of at least ``least``, or ``None`` if ``optional``; kept as an
+    ``int``.
+    """
     value = getattr(record, name)
     if optional and value is None:
         return

@@ -3,7 +3,8 @@ r"""Where a run computes: devices, precision and processes through accelerate; c
 
 With P processes, each on its rows of the global batch, both compute
 
-.. math:: g = \frac1P \sum_{p=1}^P \frac1A \sum_{a=1}^A \nabla \ell(\text{micro-batch } a \text{ of process } p),
+.. math:: g = \frac1P \sum_{p=1}^P \frac1A \sum_{a=1}^A
+          \nabla \ell(\text{micro-batch } a \text{ of process } p),
 
 which is the gradient of the whole batch's loss, since every picture has the same number
 of removed patches.

@@ -44,7 +44,7 @@ def loss_band(
 
     Returns
     -------
-    list of ``epoch``, ``mean``, ``low``, ``high``; the last point is the end of the runs.
+    list of ``epoch``, ``mean``, ``low``, ``high``; the last point is the runs' end.
 
     Raises
     ------

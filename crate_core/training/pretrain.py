@@ -113,8 +113,8 @@ def pretrain(
     Raises
     ------
     ValueError
-        If the directory holds another run, the data cannot be used, too many pictures are unreadable, or the
-        device is not there.
+        If the directory holds another run, the data cannot be used, too many pictures
+        are unreadable, or the device is not there.
     FileNotFoundError
         If the data is not there.
     TrainingDivergedError
@@ -322,7 +322,8 @@ class Trainer:
         )
         if config.batch_size % (accelerator.num_processes * config.accumulate):
             raise ValueError(
-                f"batch_size={config.batch_size} must be a multiple of processes times accumulate, "
+                f"batch_size={config.batch_size} must be a multiple of processes times "
+                "accumulate, "
                 f"{accelerator.num_processes} x {config.accumulate}"
             )
         if isinstance(self.data.train, StreamedImages):
@@ -579,7 +580,7 @@ class Trainer:
 
 
 def evaluator(name: str) -> Evaluator:
-    """The function that ``MODULE:FUNCTION`` names; ``ValueError`` if it is not there."""
+    """The function that ``MODULE:FUNCTION`` names; ``ValueError`` if there is none."""
     module, _, function = name.partition(":")
     try:
         return getattr(importlib.import_module(module), function)

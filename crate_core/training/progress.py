@@ -92,7 +92,9 @@ class Progress:
             self.writer.close()
 
     def line(self, record: Mapping[str, Any]) -> None:
-        """Show a line of the metrics log, with the images a second since the last one."""
+        """Show a line of the metrics log, with the images per second since the last
+        one.
+        """
         if not self.main:
             return
         step, now = record["step"], time.perf_counter()
@@ -111,8 +113,8 @@ class Progress:
         if self.lines and (waited or step == self.plan.steps):
             self.said_at = now
             self.report(
-                f"step {step:,} of {self.plan.steps:,}, epoch {record['epoch']:g}: loss "
-                f"{record['loss']:.4f}, {rate:.0f} images/s"
+                f"step {step:,} of {self.plan.steps:,}, epoch {record['epoch']:g}: "
+                f"loss {record['loss']:.4f}, {rate:.0f} images/s"
             )
         self.timed_step, self.timed_at = step, now
         self.bar.set_postfix(
@@ -128,7 +130,7 @@ class Progress:
                     self.writer.add_scalar(name, value, step)
 
     def remark(self, record: Mapping[str, Any]) -> None:
-        """Say ten times in a run whether the loss is normal, where that was measured."""
+        """Say ten times in a run whether the loss is normal, where it was measured."""
         step, before = record["step"], record["step"] - self.config.log_every
         if step * REMARKS // self.plan.steps == before * REMARKS // self.plan.steps:
             return

@@ -40,8 +40,8 @@ TEXTBOOK = Source(
         "warmup_ratio": "0.05: the first 40 epochs",
         "after warm-up": "cosine to 0 over 760 epochs",
         "mask_ratio": "3/4",
-        "augmentation": "shorter side to 256, random crop of 224, flips, Gaussian blur, "
-        "solarisation, 'etc.'",
+        "augmentation": "shorter side to 256, random crop of 224, flips, Gaussian "
+        "blur, solarisation, 'etc.'",
         "model.patch_size": "16",
         "model.eta": "1 (its beta)",
         "model.lambd": "0.1",

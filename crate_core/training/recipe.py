@@ -312,7 +312,8 @@ def warmup_cosine(
     cosine to epoch E,
 
     .. math:: \eta(e) = \eta_{\max} \begin{cases} e / w & e < w \\
-              \tfrac12 \big(1 + \cos \pi \tfrac{e - w}{E - w}\big) & e \ge w \end{cases},
+              \tfrac12 \big(1 + \cos \pi \tfrac{e - w}{E - w}\big) & e \ge w
+              \end{cases},
 
     zero from epoch E on.
 

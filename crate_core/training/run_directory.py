@@ -3,15 +3,15 @@ metrics log, provenance.
 
 Layout of an output directory::
 
-    run.json                     resolved config, data, and each start (command, versions, commit, device)
-    metrics.jsonl                one line per ``log_every`` steps; the same for a cut and an uncut run
-    evaluation.jsonl             held-out pictures every so many epochs, when asked for
-    timing.jsonl                 throughput beside them: what happened, never rewound
-    pictures/  tensorboard/      when asked for
-    .lock                        held by the process that trains; the system lets go of it when that ends
-    checkpoints/step-00000500/   config.json, model.safetensors, optimizer.pt, progress.json
-    milestones/step-00000500/    the same, kept for good, when asked for
-    stopped.json                 a signal ended the run after a step: start it again
+    run.json                    resolved config, data, each start (command, commit, ...)
+    metrics.jsonl               one line per ``log_every`` steps; cut or uncut, the same
+    evaluation.jsonl            held-out pictures every so many epochs, when asked for
+    timing.jsonl                throughput beside them: what happened, never rewound
+    pictures/  tensorboard/     when asked for
+    .lock                       held by the process that trains, until it ends
+    checkpoints/step-00000500/  model and config, optimizer.pt, progress.json
+    milestones/step-00000500/   the same, kept for good, when asked for
+    stopped.json                a signal ended the run after a step: start it again
     model.safetensors config.json reconstructions.png summary.json     when finished
 
 Book: :ref:`ch-first-training`.
@@ -81,7 +81,8 @@ class Checkpoint:
             )
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
             raise ValueError(
-                f"{self.path / OPTIMIZER_FILE} was refused (read with weights_only=True): {error}"
+                f"{self.path / OPTIMIZER_FILE} was refused (read with "
+                f"weights_only=True): {error}"
             ) from error
 
 
@@ -145,8 +146,9 @@ class RunDirectory:
         Raises
         ------
         ValueError
-            If another run owns the directory (the differing fields are named), it holds files of something else, or
-            another process is writing it. Nothing is changed then.
+            If another run owns the directory (the differing fields are named), it holds
+            files of something else, or another process is writing it. Nothing is
+            changed then.
         """
         starts = self.owner_starts(identity)
         self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -186,7 +188,8 @@ class RunDirectory:
             )
             if present:
                 raise ValueError(
-                    f"{self.path} already holds {', '.join(present)} and no {RUN_FILE}: it is not a run to continue. "
+                    f"{self.path} already holds {', '.join(present)} and no "
+                    f"{RUN_FILE}: it is not a run to continue. "
                     "Give another --output-dir; nothing was changed"
                 )
             return []
@@ -211,7 +214,8 @@ class RunDirectory:
         ]
         if differing:
             raise ValueError(
-                f"{self.path} holds another run, which differs in {'; '.join(differing)}. "
+                f"{self.path} holds another run, which differs in "
+                f"{'; '.join(differing)}. "
                 "Give another --output-dir; nothing was changed"
             )
         return starts
@@ -230,7 +234,8 @@ class RunDirectory:
             import fcntl
         except ModuleNotFoundError:
             return
-        file = open(self.path / LOCK_FILE, "a+", encoding="utf8")  # noqa: SIM115  # open as long as the lock is held
+        # open as long as the lock is held
+        file = open(self.path / LOCK_FILE, "a+", encoding="utf8")  # noqa: SIM115
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -238,8 +243,8 @@ class RunDirectory:
             holder = file.read().strip() or "unknown"
             file.close()
             raise ValueError(
-                f"{self.path} is being written by another process ({holder}). Wait for it or end it, or give another "
-                "--output-dir; nothing was changed"
+                f"{self.path} is being written by another process ({holder}). Wait for "
+                "it or end it, or give another --output-dir; nothing was changed"
             ) from error
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}")
@@ -298,7 +303,8 @@ class RunDirectory:
         Raises
         ------
         CheckpointError
-            If it cannot be written (disk full, no permission); the previous one is untouched.
+            If it cannot be written (disk full, no permission); the previous one is
+            untouched.
         """
         previous = self.latest()
         final = self.checkpoints / f"step-{step:08d}"
@@ -333,7 +339,9 @@ class RunDirectory:
         return Checkpoint(final, step, dict(progress))
 
     def keep(self, checkpoint: Path, name: str) -> None:
-        """A second name for a checkpoint's files among the milestones, whole or absent."""
+        """A second name for a checkpoint's files among the milestones, whole or
+        absent.
+        """
         if (self.milestones / name).exists():
             return
         partial = self.milestones / ".partial"
@@ -551,24 +559,29 @@ def describe(result: PretrainResult) -> list[str]:
     normal = (
         "no range was measured for a changed recipe"
         if result.expected is None
-        else f"normal for this preset: {result.expected[0]:.3f} to {result.expected[1]:.3f}"
+        else "normal for this preset: "
+        f"{result.expected[0]:.3f} to {result.expected[1]:.3f}"
     )
     lines = [
         f"training loss, last epoch  {result.train_loss:.4f}   ({normal})",
         f"held-out loss              {result.held_out_loss:.4f}",
-        f"trivial loss               {result.trivial.mean_picture:.4f} predicting the mean picture, "
+        f"trivial loss               {result.trivial.mean_picture:.4f} predicting the "
+        "mean picture, "
         f"{result.trivial.mean_patch:.4f} the mean patch",
     ]
     if result.unreadable:
         lines.append(
-            f"unreadable pictures        {result.unreadable}, named above, replaced by others"
+            f"unreadable pictures        {result.unreadable}, named above, replaced by "
+            "others"
         )
     if result.held_out_unreadable:
         lines.append(
-            f"unreadable held-out        {len(result.held_out_unreadable)}, left out of "
+            f"unreadable held-out        {len(result.held_out_unreadable)}, left out "
+            "of "
             f"the held-out loss ({', '.join(result.held_out_unreadable[:3])})"
         )
     lines.append(
-        f"saved in {result.output_dir}: model.safetensors, config.json, run.json, metrics.jsonl, {PICTURES_FILE}"
+        f"saved in {result.output_dir}: model.safetensors, config.json, run.json, "
+        f"metrics.jsonl, {PICTURES_FILE}"
     )
     return lines

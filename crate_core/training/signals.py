@@ -1,8 +1,8 @@
-"""A run that is asked to stop: SIGTERM and SIGUSR1 end it after the current step, with a
-checkpoint, so that a queue can start it again.
+"""A run that is asked to stop: SIGTERM and SIGUSR1 end it after the current step, with
+a checkpoint, so that a queue can start it again.
 
-A batch system sends one of them before its time limit (Slurm: ``--signal=TERM@120``) and
-on preemption.  SIGINT stays Python's ``KeyboardInterrupt``.
+A batch system sends one of them before its time limit (Slurm: ``--signal=TERM@120``)
+and on preemption.  SIGINT stays Python's ``KeyboardInterrupt``.
 
 Book: :ref:`ch-pretraining`.
 """

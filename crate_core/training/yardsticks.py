@@ -137,7 +137,8 @@ def reconstruction_by_ratio(
 ) -> list[RatioScore]:
     r"""Loss and PSNR on removed patches by masking ratio,
 
-    .. math:: \mathrm{PSNR} = -10 \log_{10} \mathrm{mean}_{\text{removed pixels}} (\hat x - x)^2,
+    .. math:: \mathrm{PSNR} = -10 \log_{10}
+              \mathrm{mean}_{\text{removed pixels}} (\hat x - x)^2,
 
     with pixels in [0, 1], predictions de-normalised and cut off at 0 and 1, the mean
     over all removed pixels of all pictures.
@@ -162,7 +163,8 @@ def reconstruction_by_ratio(
     for ratio in mask_ratios:
         if not 0 < length - int(length * (1 - ratio)) < length:
             raise ValueError(
-                f"mask_ratio={ratio} must leave some of {length} patches visible and remove some"
+                f"mask_ratio={ratio} must leave some of {length} patches visible and "
+                "remove some"
             )
     # by ratio: loss, squared error of the model and of the mean picture, removed pixels
     totals = np.zeros((len(mask_ratios), 4))

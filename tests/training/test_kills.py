@@ -93,7 +93,8 @@ from crate_core.training.pretrain import pretrain
 torch.set_num_threads(1)
 config, moment = PretrainConfig.from_dict(json.loads(sys.argv[1])), sys.argv[2]
 save, update = torch.save, loop.Trainer.update
-if moment == "half":            # killed with half of the optimizer's file written, at the second checkpoint
+# killed with half of the optimizer's file written, at the second checkpoint
+if moment == "half":
     def killed(content, path):
         save(content, path)
         if RUN.latest() is not None:
@@ -101,17 +102,20 @@ if moment == "half":            # killed with half of the optimizer's file writt
             os.kill(os.getpid(), signal.SIGKILL)
     RUN = runs.RunDirectory(config.output_dir)
     torch.save = killed
-elif moment.startswith("limit"):    # files may not grow beyond so many bytes from step 6 on
+# files may not grow beyond so many bytes from step 6 on
+elif moment.startswith("limit"):
     def limited(self, images):
         if self.step == 6:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (int(moment[5:]), resource.RLIM_INFINITY))
+            limits = (int(moment[5:]), resource.RLIM_INFINITY)
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         return update(self, images)
     loop.Trainer.update = limited
 elif moment == "fill":          # something else takes the rest of the disk at step 6
     def filled(self, images):
         if self.step == 6:
             try:
-                with open(Path(config.output_dir).parent / "filler", "wb", buffering=0) as filler:
+                beside = Path(config.output_dir).parent / "filler"
+                with open(beside, "wb", buffering=0) as filler:
                     while True:
                         filler.write(bytes(4096))
             except OSError:
@@ -243,7 +247,8 @@ def test_a_disk_that_is_really_full(tmp_path: Path, uncut: Path) -> None:
         or subprocess.run(probe, capture_output=True, check=False).returncode
     ):
         pytest.skip(
-            "this machine lets no test mount a file system; RLIMIT_FSIZE above is the test that runs anywhere"
+            "this machine lets no test mount a file system; RLIMIT_FSIZE above is the "
+            "test that runs anywhere"
         )
     run = command(disk / "run", "")[:-1]
     done = subprocess.run(
@@ -278,7 +283,7 @@ def test_a_second_process_is_refused_and_the_first_goes_on(
         before = snapshot(tmp_path)
         with pytest.raises(
             ValueError,
-            match=rf"being written by another process \(process {first.pid} on .*nothing was",
+            match=rf"written by another process \(process {first.pid} on .*nothing was",
         ):
             train(tiny(tmp_path / "run"))
         after = snapshot(tmp_path)

@@ -39,7 +39,7 @@ from crate_core.training.yardsticks import trivial_loss
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Bits are compared at one thread, which is what the processes of these tests have."""
+    """Bits are compared at one thread, as the processes of these tests have."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -48,7 +48,7 @@ def one_thread() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Finished:
-    """The uncut run, what it said, and whether it left the global random state alone."""
+    """The uncut run, what it said, whether it left the global random state alone."""
 
     path: Path
     said: list[str]
@@ -305,7 +305,9 @@ def arm(moment):
         Path.rename = die
     elif what == "clean":       # it has its name and the old one is still there
         original = runs.shutil.rmtree
-        runs.shutil.rmtree = lambda path, **k: die() if Path(path).name.startswith("step-") else original(path, **k)
+        def rmtree(path, **k):
+            return die() if Path(path).name.startswith("step-") else original(path, **k)
+        runs.shutil.rmtree = rmtree
     elif what == "finish":      # all steps are done and the summary is not written
         train.write_json = die
 
@@ -314,15 +316,19 @@ for moment in moments:
     if pid == 0:
         torch.set_num_threads(1)
         arm(moment)
-        train.pretrain(PretrainConfig.from_dict({**config, "output_dir": str(directory)}), progress=False, report=str)
+        own = PretrainConfig.from_dict({**config, "output_dir": str(directory)})
+        train.pretrain(own, progress=False, report=str)
         os._exit(0)
     if moment == "outside":     # whenever the log has its third line
-        while not (log := directory / "metrics.jsonl").exists() or log.read_text().count("\\n") < 3:
+        log = directory / "metrics.jsonl"
+        while not log.exists() or log.read_text().count("\\n") < 3:
             time.sleep(0.001)
         os.kill(pid, signal.SIGKILL)
     _, status = os.waitpid(pid, 0)
     kept = sorted(path.name for path in (directory / "checkpoints").glob("step-*"))
-    print(json.dumps([moment, os.WTERMSIG(status) if os.WIFSIGNALED(status) else -os.WEXITSTATUS(status), kept]))
+    killed = os.WIFSIGNALED(status)
+    ended = os.WTERMSIG(status) if killed else -os.WEXITSTATUS(status)
+    print(json.dumps([moment, ended, kept]))
 """
 
 

@@ -188,7 +188,7 @@ def test_the_command_takes_a_shorter_run() -> None:
     # The first thing that anyone varies.
     code = (
         "import crate_core.training.pretrain as p; seen = []; "
-        "p.pretrain = lambda config, command: print(config.epochs, config.warmup_epochs); "
+        "p.pretrain = lambda c, command: print(c.epochs, c.warmup_epochs); "
         "from crate_core.cli import main; "
         "main(['pretrain', '--preset', 'digits', '--epochs', '10'])"
     )

@@ -152,7 +152,8 @@ root, base = Path(sys.argv[1]), json.loads(sys.argv[2])
 first = os.environ["RANK"] == "0"
 
 def run(name, **fields):
-    config = PretrainConfig.from_dict({**base, "output_dir": str(root / name), **fields})
+    own = {**base, "output_dir": str(root / name), **fields}
+    config = PretrainConfig.from_dict(own)
     if name.startswith("gradient"):
         place, devices = runs.RunDirectory(root / name), make_accelerator(config)
         trainer = Trainer(config, open_data("digits"), place, devices, str, str)
@@ -181,9 +182,11 @@ run("gradient-shares", shard=True)
 run("gradient-shares-accumulated", shard=True, accumulate=2)
 run("copies")
 run("copies-accumulated", accumulate=2)
-run("shares", shard=True, max_steps=6)      # the last checkpoint of six steps is that of step 6
+# the last checkpoint of six steps is that of step 6
+run("shares", shard=True, max_steps=6)
 run("shares", shard=True, tensorboard=True, picture_every=6)
-run("mixed", max_steps=6)                   # copies first, shares after, and the other way round
+# copies first, shares after, and the other way round
+run("mixed", max_steps=6)
 run("mixed", shard=True)
 run("mixed-back", shard=True, max_steps=6)
 run("mixed-back")
