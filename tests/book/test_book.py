@@ -68,7 +68,6 @@ def claims_written(page: str) -> int:
 
 OLD_CLAIMS = {
     "attention": 34,
-    "coding_rate": 23,
     "comparison": 9,
     "cost": 12,
     "crate_mae": 13,
