@@ -1,6 +1,7 @@
 # crate_core: the book and its package.
 #
 #   make book     the environment, every chapter executed, the site in _build/html
+#   make lab      likewise: JupyterLab on the chapters, ready to run
 #   make test     the environment, every test: style, types, unit tests, the book, its pages
 #   make help     this list and the options
 #
@@ -25,6 +26,7 @@ VENV ?= $(OWN_VENV)
 SYSTEM_SITE_PACKAGES ?=
 PYTEST_ARGS ?=
 WORKERS ?= 2
+LAB_ARGS ?=
 
 PY := $(VENV)/bin/python
 EXTRAS := train,book,test
@@ -47,7 +49,7 @@ else
 READY := check-env
 endif
 
-.PHONY: help env check-env book test lint unit book-test clean distclean
+.PHONY: help env check-env book lab test lint unit book-test clean distclean
 
 help:  ## this list
 	@sed -n 's/^#  \{0,1\}//p' Makefile | sed -n '1,/^Nothing is/p'
@@ -82,6 +84,13 @@ check-env:
 
 book: $(READY)  ## execute every chapter and build the site: _build/html/index.html
 	@$(PY) book/_ext/build.py
+
+# Chapters open as notebooks by a click; no news are fetched (book/_jupyter/labconfig). Jupyter refuses to run as root
+# unless told.
+lab: $(READY)  ## JupyterLab on the chapters, ready to run (LAB_ARGS: options of jupyter lab)
+	@$(PY) -c 'import jupyterlab' 2>/dev/null || { echo "$(VENV) lacks JupyterLab; install it with: make env VENV=$(VENV)" >&2; exit 1; }
+	JUPYTER_CONFIG_PATH=$(CURDIR)/book/_jupyter $(PY) -m jupyterlab --ServerApp.root_dir=$(CURDIR) \
+	  --LabApp.default_url=/lab/tree/book/index.md $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB_ARGS)
 
 lint: $(READY)  ## style, types, who imports whom
 	$(PY) -m ruff check .

@@ -10,6 +10,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -374,10 +375,18 @@ def test_paper_gets_the_still(browser: Any, written: Path) -> None:
 
 @pytest.fixture(scope="module")
 def jupyter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a JupyterLab with one notebook that shows a live figure."""
+    """The address of what `make lab` starts, in a copy of the chapters (Jupyter saves
+    them), with one more notebook that shows a live figure.
+    """
     if find_spec("jupyterlab") is None:
         pytest.skip("JupyterLab is not installed: pip install -e '.[book]'")
+    if shutil.which("make") is None:
+        pytest.skip("no make here")
     folder = tmp_path_factory.mktemp("lab")
+    for name in ("book", "results"):
+        shutil.copytree(ROOT / name, folder / name)
+    for name in ("Makefile", "jupytext.toml"):
+        shutil.copy(ROOT / name, folder / name)
     cell = nbformat.v4.new_code_cell(
         "from crate_core.live.figure import live_figure\nlive_figure('window')"
     )
@@ -390,16 +399,15 @@ def jupyter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    settings = {"token": "t", "port": port, "port_retries": 0, "open_browser": False}
-    flags = [f"--ServerApp.{name}={value}" for name, value in settings.items()]
-    if hasattr(os, "geteuid") and os.geteuid() == 0:
-        flags.append("--allow-root")
+    options = f"--no-browser --ServerApp.token=t --port={port} --port-retries=0"
     server = subprocess.Popen(
-        [sys.executable, "-m", "jupyterlab", *flags, f"--ServerApp.root_dir={folder}"],
+        ["make", "lab", f"VENV={sys.prefix}", f"LAB_ARGS={options}"],
         cwd=folder,
+        # the reader's own settings of Jupyter stay out
         env=os.environ | {"PYTHONPATH": str(ROOT), "JUPYTER_CONFIG_DIR": str(folder)},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )
     try:
         address = f"http://127.0.0.1:{port}"
@@ -412,9 +420,9 @@ def jupyter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
                 time.sleep(0.5)
         else:
             pytest.fail("JupyterLab did not answer within two minutes")
-        yield f"{address}/lab/tree/live.ipynb?token=t"
+        yield f"{address}/lab/tree/{{}}?token=t"
     finally:
-        server.terminate()
+        os.killpg(server.pid, signal.SIGTERM)  # make, and what it started
         server.wait(30)
 
 
@@ -424,7 +432,7 @@ def test_in_jupyterlab_arrow_keys_move_the_slider_and_not_the_cell(
     context = browser.new_context(viewport={"width": 1200, "height": 1000})
     page = context.new_page()
     page.set_default_timeout(120_000)
-    page.goto(jupyter)
+    page.goto(jupyter.format("live.ipynb"))
     page.locator(".jp-Notebook .jp-CodeCell").first.click()
     # the kernel's first answer may take long on a busy machine
     page.wait_for_selector(
@@ -447,6 +455,25 @@ def test_in_jupyterlab_arrow_keys_move_the_slider_and_not_the_cell(
     page.keyboard.press("ArrowRight")
     assert page.evaluate("() => crateLive.view('window').state.tokens") > tokens
     assert page.evaluate(selected) == cell
+    context.close()
+
+
+def test_a_chapter_opens_by_a_click_and_runs(browser: Any, jupyter: str) -> None:
+    context = browser.new_context(viewport={"width": 1300, "height": 900})
+    page = context.new_page()
+    page.set_default_timeout(120_000)
+    page.goto(jupyter.format("book") + "&reset")  # no notebook of another test
+    page.locator(".jp-DirListing-item", has_text="notation.md").dblclick()
+    page.wait_for_selector(".jp-Notebook .jp-CodeCell")
+    page.wait_for_selector("[data-status=idle]")
+    page.locator(".lm-MenuBar-item", has_text="Run").click()
+    page.get_by_text("Run All Cells", exact=True).click()
+    prompts = "[...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')]"
+    page.wait_for_function(
+        f"() => {prompts}.every(e => /\\d/.test(e.textContent))", timeout=240_000
+    )
+    assert page.evaluate(f"() => {prompts}.length") > 2
+    assert page.locator("[data-mime-type='application/vnd.jupyter.error']").count() == 0
     context.close()
 
 
