@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from crate_core.checks import check_choice, check_flag, check_integer, check_number
 from crate_core.data.batches import (
     MAX_UNREADABLE,
     StepBatches,
@@ -32,14 +33,7 @@ from crate_core.evaluation.labels import class_count
 from crate_core.keys import Stream, random_generator, random_key
 from crate_core.model.autoencoder import MaskedAutoencoder, evaluation_mode
 from crate_core.shapes import Images, PictureVectors, Tokens
-from crate_core.training.checks import (
-    check_betas,
-    check_choice,
-    check_compiler,
-    check_flag,
-    check_integer,
-    check_number,
-)
+from crate_core.training.checks import check_betas, check_compiler
 from crate_core.training.pretrain import TrainingDivergedError
 from crate_core.training.recipe import warmup_cosine
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from crate_core.checks import is_count
 from crate_core.model.kernels import ShortSharedAttention
 from crate_core.shapes import AttentionWeights, Bases, Heads, Tokens
 from crate_core.theory.rate import (
@@ -256,8 +257,8 @@ class MSSA(nn.Module):
 
     def __init__(self, dim: int, heads: int, separate_values: bool = False) -> None:
         super().__init__()
-        if heads < 1 or dim % heads:
-            raise ValueError(f"heads must divide dim, got dim={dim}, heads={heads}")
+        if not is_count(dim) or not is_count(heads) or dim % heads:
+            raise ValueError(f"heads must divide dim, got dim={dim!r}, heads={heads!r}")
         self.heads = heads
         self.scale = 1.0 / math.sqrt(dim // heads)
         self.project = nn.Linear(dim, dim, bias=False)

@@ -25,6 +25,7 @@ from typing import (
 import torch
 from torch import Tensor, nn
 
+from crate_core.checks import check_tensor
 from crate_core.model.config import FrameConfig
 from crate_core.model.patches import (
     gather_tokens,
@@ -46,6 +47,11 @@ from crate_core.shapes import (
     PatchOrder,
     Tokens,
 )
+
+MOST_OF_ONE = 2.0
+"""Largest pixel that still passes for one of [0, 1]: resizing overshoots by a little,
+bytes as floats by far.
+"""
 
 END_NORM_EPS = 1e-6
 """Added to the variance in the LayerNorms after the encoder and after the decoder."""
@@ -195,13 +201,30 @@ class MaskedAutoencoder(SavedModel):
         """Pixels, uint8 in 0..255 or floating point in [0, 1], to model units: (x -
         mean) / std per channel.
 
-        Raises ``ValueError`` for any other dtype or the wrong number of channels.
+        Raises ``ValueError`` for any other dtype, for floats of 0..255, or for the
+        wrong number of channels; ``TypeError`` for what is no tensor.
         """
+        check_tensor("images", images)
         if images.dtype == torch.uint8:
             images = images.to(self.positions.dtype) / 255
-        self._check_images(images)
+            self._check_images(images)
+        else:
+            self._check_images(images)
+            self._check_range(images)
         mean, std = self._pixel_statistics(images)
         return (images - mean) / std
+
+    @staticmethod
+    def _check_range(images: Images) -> None:
+        # Not while a compiler or an exporter traces, which cannot look at values.
+        if images.is_meta or torch.compiler.is_compiling() or images.numel() == 0:
+            return
+        largest = float(images.detach().amax())
+        if largest > MOST_OF_ONE:
+            raise ValueError(
+                f"floating-point pixels must be in [0, 1], got up to {largest:g}: "
+                "divide them by 255, or pass uint8"
+            )
 
     def unstandardize(self, images: Images) -> Images:
         """Model units back to [0, 1] pixels (predictions can fall outside): x * std +
@@ -222,6 +245,7 @@ class MaskedAutoencoder(SavedModel):
 
     def _check_images(self, images: Tensor) -> tuple[int, int]:
         """The patch grid of the images; ``ValueError`` if they are no images."""
+        check_tensor("images", images)
         channels = self.config.channels
         if images.ndim != 4 or images.shape[1] != channels:
             raise ValueError(
@@ -478,7 +502,8 @@ class MaskedAutoencoder(SavedModel):
         batch, length = images.shape[0], grid[0] * grid[1]
         if noise is None:
             noise = torch.rand(batch, length, device=images.device)
-        elif noise.shape != (batch, length):
+        check_tensor("noise", noise)
+        if noise.shape != (batch, length):
             raise ValueError(
                 f"noise must be ({batch}, {length}), one number a patch, got "
                 f"{tuple(noise.shape)}"

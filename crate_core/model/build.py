@@ -59,11 +59,6 @@ def load_model(name: str | Path | MaskedAutoencoder) -> MaskedAutoencoder:
     """
     if isinstance(name, MaskedAutoencoder):
         return name
-    if not isinstance(name, str | Path):
-        raise TypeError(
-            "a model is loaded from a directory, a bundled name or a Hub id, "
-            f"got {type(name).__name__}"
-        )
     directory = resolve_directory(name)
     return architecture(config_from_dict(read_config(directory))).from_pretrained(
         directory

@@ -3,15 +3,26 @@ r"""The configuration of a masked autoencoder, of a CRATE-MAE, and its named siz
 Book: :ref:`ch-crate-mae`.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Literal, TypeVar, get_args
 
+from crate_core.checks import as_number, check_flag, is_count
 from crate_core.model.patches import patch_grid
 from crate_core.model.sparsify import check_step
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def check_mapping(values: Any) -> None:
+    """``TypeError`` unless a configuration's fields are given by name."""
+    if not isinstance(values, Mapping):
+        raise TypeError(
+            "the fields of a configuration are a mapping from names to values, "
+            f"got {type(values).__name__}"
+        )
 
 
 Norm = Literal["layer", "rms", "none"]
@@ -66,6 +77,8 @@ class FrameConfig:
     def __post_init__(self) -> None:
         for name in ("patch_size", "channels", "dim", "depth", "heads"):
             self.require_positive(name)
+        for name in ("normalize_targets", "encode_visible_only"):
+            check_flag(self, name)
         size = self.image_size
         sides = (
             (size,) * 2
@@ -74,7 +87,7 @@ class FrameConfig:
             if isinstance(size, tuple)
             else ()
         )
-        if len(sides) != 2 or not all(isinstance(side, int) for side in sides):
+        if len(sides) != 2 or not all(is_count(side) for side in sides):
             raise ValueError(
                 f"image_size must be an integer or two (height, width), got {size!r}"
             )
@@ -101,14 +114,19 @@ class FrameConfig:
                     if self.channels == 3
                     else (sum(imagenet) / 3,) * self.channels
                 )
-            if len(given) != self.channels:
+            numbers = (
+                [as_number(value) for value in given]
+                if isinstance(given, Iterable) and not isinstance(given, str)
+                else []
+            )
+            if len(numbers) != self.channels or not all(map(math.isfinite, numbers)):
                 raise ValueError(
                     f"{name} needs one number for each of {self.channels} channels, "
                     f"got {given!r}"
                 )
-            if name == "pixel_std" and min(given) <= 0:
+            if name == "pixel_std" and min(numbers) <= 0:
                 raise ValueError(f"pixel_std must be positive, got {given!r}")
-            object.__setattr__(self, name, tuple(float(value) for value in given))
+            object.__setattr__(self, name, tuple(numbers))
 
     def require_positive(self, name: str) -> None:
         """``ValueError`` unless a field is a positive integer."""
@@ -119,7 +137,7 @@ class FrameConfig:
     @classmethod
     def preset(cls: type[Config], name: str, **overrides: Any) -> Config:
         """A named size; ``ValueError`` for an unknown name or field."""
-        if name not in cls.presets:
+        if not isinstance(name, str) or name not in cls.presets:
             raise ValueError(
                 f"unknown preset {name!r}, accepted: {', '.join(cls.presets)}"
             )
@@ -130,6 +148,7 @@ class FrameConfig:
         """The configuration with these fields; ``ValueError`` names unknown ones, or
         another architecture.
         """
+        check_mapping(values)
         found = values.get("model_type", cls.model_type)
         if found != cls.model_type:
             raise ValueError(
@@ -206,6 +225,7 @@ class CrateMAEConfig(FrameConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_step(self.eta, self.lambd)
+        check_flag(self, "separate_values")
         self.require_positive("expansion")
         if self.decoder_depth is not None:
             self.require_positive("decoder_depth")
@@ -261,8 +281,8 @@ class ViTMAEConfig(FrameConfig):
                 f"got decoder_dim={self.decoder_dim}, "
                 f"decoder_heads={self.decoder_heads}"
             )
-        if not self.mlp_ratio > 0:
-            raise ValueError(f"mlp_ratio must be positive, got {self.mlp_ratio}")
+        if not 0 < as_number(self.mlp_ratio) < math.inf:
+            raise ValueError(f"mlp_ratio must be positive, got {self.mlp_ratio!r}")
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -367,6 +387,7 @@ def config_from_dict(values: Mapping[str, Any]) -> ModelConfig:
     """The configuration of either architecture, told by ``model_type``; ``ValueError``
     for another one.
     """
+    check_mapping(values)
     found = values.get("model_type", CrateMAEConfig.model_type)
     if found not in CONFIGS:
         raise ValueError(f"a model of type {found!r}, accepted: {', '.join(CONFIGS)}")

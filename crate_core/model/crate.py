@@ -45,6 +45,7 @@ class CrateMAE(MaskedAutoencoder):
     decoder: Layers[DecoderLayer]
 
     def __init__(self, config: CrateMAEConfig) -> None:
+        self.check_config(config)
         super().__init__(
             config,
             (EncoderLayer(config) for _ in range(config.depth)),

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from crate_core.checks import as_number, check_tensor, is_count
 from crate_core.shapes import (
     HeadMaps,
     Images,
@@ -32,7 +33,7 @@ def patch_grid(height: int, width: int, patch_size: int) -> tuple[int, int]:
     multiples of the patch.
     """
     if (
-        patch_size < 1
+        not is_count(patch_size)
         or height < patch_size
         or width < patch_size
         or height % patch_size
@@ -40,7 +41,7 @@ def patch_grid(height: int, width: int, patch_size: int) -> tuple[int, int]:
     ):
         raise ValueError(
             "image height and width must be multiples of the patch size "
-            f"{patch_size}, got {height}x{width}"
+            f"{patch_size!r}, got {height}x{width}"
         )
     return height // patch_size, width // patch_size
 
@@ -58,6 +59,9 @@ def patchify(images: Images, patch_size: int) -> Patches:
 
     Book: :ref:`ch-crate-mae`.  The order of MAE and of transformers' ViTMAE.
     """
+    check_tensor("images", images)
+    if images.ndim != 4:
+        raise ValueError(f"images must be (B, C, H, W), got {tuple(images.shape)}")
     rows, columns = patch_grid(images.shape[-2], images.shape[-1], patch_size)
     return rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", h=rows, w=columns)
 
@@ -199,8 +203,9 @@ def random_masking(noise: PatchNoise, mask_ratio: float) -> Masking:
     Book: :ref:`ch-crate-mae`.  As in MAE and transformers' ViTMAE, with ties broken in
     order.
     """
-    if not 0 <= mask_ratio < 1:
-        raise ValueError(f"mask_ratio must be in [0, 1), got {mask_ratio}")
+    check_tensor("noise", noise)
+    if not 0 <= as_number(mask_ratio) < 1:
+        raise ValueError(f"mask_ratio must be in [0, 1), got {mask_ratio!r}")
     length = noise.shape[-1]
     visible = int(length * (1 - mask_ratio))
     if visible < 1:

@@ -72,6 +72,11 @@ def resolve_directory(name: str | Path) -> Path:
 
     Raises ``FileNotFoundError`` naming the bundled models if it is none of these.
     """
+    if not isinstance(name, str | Path):
+        raise TypeError(
+            "a model is loaded from a directory, a bundled name or a Hub id, "
+            f"got {type(name).__name__}"
+        )
     path = Path(name)
     if path.is_dir():
         return path
@@ -156,6 +161,16 @@ class SavedModel(nn.Module):
 
     config_class: ClassVar[type[FrameConfig]] = FrameConfig
     config: FrameConfig
+
+    @classmethod
+    def check_config(cls, config: Any) -> None:
+        """``TypeError`` unless the configuration is of this architecture."""
+        if not isinstance(config, cls.config_class):
+            raise TypeError(
+                f"the configuration of a {cls.__name__} is a "
+                f"{cls.config_class.__name__}, got {type(config).__name__}; "
+                f"{cls.config_class.__name__}.from_dict reads a mapping"
+            )
 
     @classmethod
     def from_preset(cls: type[Model], name: str, **overrides: Any) -> Model:

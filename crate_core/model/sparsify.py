@@ -4,26 +4,31 @@ module.
 Book: :ref:`ch-ista`.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from crate_core.checks import as_number, check_tensor
 from crate_core.model.kernels import ISTAMatrix
 from crate_core.shapes import Codes, Dictionary, Scalars, Tokens
 
 
 def check_step(eta: float, lambd: float) -> None:
     """Raise ``ValueError`` unless step size eta > 0 and l1 weight lambd >= 0."""
-    if not eta > 0:
-        raise ValueError(f"eta, the step size, must be positive, got {eta}")
-    if not lambd >= 0:
+    if not 0 < as_number(eta) < math.inf:
+        raise ValueError(f"eta, the step size, must be positive, got {eta!r}")
+    if not 0 <= as_number(lambd) < math.inf:
         raise ValueError(
-            f"lambd, the weight of the l1 penalty, must be >= 0, got {lambd}"
+            f"lambd, the weight of the l1 penalty, must be >= 0, got {lambd!r}"
         )
 
 
 def check_dictionary(z: Tokens, dictionary: Dictionary) -> None:
     """Raise ``ValueError`` unless the dictionary is (d, m) for tokens (..., n, d)."""
+    check_tensor("tokens", z)
+    check_tensor("dictionary", dictionary)
     if dictionary.ndim != 2 or dictionary.shape[0] != z.shape[-1]:
         raise ValueError(
             f"dictionary must be ({z.shape[-1]}, m) for tokens {tuple(z.shape)}, got "
@@ -36,6 +41,7 @@ def check_codes(codes: Codes, z: Tokens, dictionary: Dictionary) -> None:
     dictionary (d, m).
     """
     check_dictionary(z, dictionary)
+    check_tensor("codes", codes)
     expected = (z.shape[-2], dictionary.shape[1])
     if codes.shape[-2:] != expected:
         raise ValueError(

@@ -69,6 +69,7 @@ class ViTMAE(MaskedAutoencoder):
     decoder_positions: Tensor
 
     def __init__(self, config: ViTMAEConfig) -> None:
+        self.check_config(config)
         super().__init__(
             config,
             (

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from crate_core.checks import as_number
 from crate_core.shapes import Bases, Tokens, TokenVectors
 from crate_core.theory.integrators import Field, integrate
 from crate_core.theory.mixture import (
@@ -274,7 +275,7 @@ def flow_singular_values(singular: Tensor, beta: float, time: float) -> Tensor:
 
     Book: :ref:`ch-structured-ode`, :eq:`eq-sode-omega`, :prf:ref:`thm-sode-closed`.
     """
-    if not beta > 0 or not math.isfinite(time):
+    if not as_number(beta) > 0 or not math.isfinite(as_number(time)):
         raise ValueError(
             f"need beta > 0 and a finite time, got beta = {beta}, time = {time}"
         )

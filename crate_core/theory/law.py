@@ -13,6 +13,7 @@ import math
 import torch
 from torch import Tensor
 
+from crate_core.checks import check_tensor
 from crate_core.shapes import Bases, Labels, PerToken, Tokens
 from crate_core.theory.mixture import check_orthogonal_subspaces
 from crate_core.theory.rate import (
@@ -27,6 +28,7 @@ from crate_core.theory.rate import (
 def check_labels(z: Tokens, bases: Bases, labels: Labels) -> None:
     """Raise ``ValueError`` unless each of the n tokens has a label in [0, K)."""
     check_bases(z, bases)
+    check_tensor("labels", labels)
     components = bases.shape[0]
     if (
         labels.shape != z.shape[-2:-1]

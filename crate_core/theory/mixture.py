@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from crate_core.checks import as_number, check_tensor, is_count
 from crate_core.shapes import Bases, Labels, PerToken, Posterior, TokenVectors
 
 ORTHONORMALITY_TOLERANCE = 1e-4
@@ -36,6 +37,7 @@ def check_orthonormal(bases: Bases) -> None:
     """Raise ``ValueError`` unless the columns of every basis are orthonormal (to
     ``ORTHONORMALITY_TOLERANCE``).
     """
+    check_tensor("bases", bases)
     if bases.ndim != 3:
         raise ValueError(f"bases must have shape (K, d, p), got {tuple(bases.shape)}")
     error = orthonormality_error(bases)
@@ -114,10 +116,10 @@ def random_bases(
 
     Book: :ref:`ch-mixture`.
     """
-    if min(dim, components, rank) < 1 or rank > dim:
+    if not all(map(is_count, (dim, components, rank))) or rank > dim:
         raise ValueError(
-            f"need 1 <= rank <= dim and components >= 1, got dim={dim}, "
-            f"components={components}, rank={rank}"
+            f"need 1 <= rank <= dim and components >= 1, got dim={dim!r}, "
+            f"components={components!r}, rank={rank!r}"
         )
     fits = components * rank <= dim
     if orthogonal and not fits:
@@ -286,10 +288,10 @@ class LowRankGaussianMixture:
 
         Book: :ref:`ch-mixture`.
         """
-        if n < 1:
-            raise ValueError(f"the number of tokens must be positive, got {n}")
-        if not sigma >= 0:
-            raise ValueError(f"sigma must be >= 0, got {sigma}")
+        if not is_count(n):
+            raise ValueError(f"the number of tokens must be positive, got {n!r}")
+        if not as_number(sigma) >= 0:
+            raise ValueError(f"sigma must be >= 0, got {sigma!r}")
         if labels is None:
             labels = torch.multinomial(
                 self.weights, n, replacement=True, generator=generator
@@ -324,6 +326,7 @@ class LowRankGaussianMixture:
         """Coordinates U_k^T z (..., K, p), residuals z - U_k U_k^T z (..., K, d),
         variance sigma^2 (..., 1, 1).
         """
+        check_tensor("tokens", z)
         if z.shape[-1] != self.dim:
             raise ValueError(
                 f"tokens must have dimension d = {self.dim}, got shape {tuple(z.shape)}"

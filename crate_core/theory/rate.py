@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor
 
+from crate_core.checks import as_number, check_tensor
 from crate_core.shapes import Bases, Heads, Labels, Scalars, Tokens
 
 CHOLESKY_LIMIT = 1e-3
@@ -24,9 +25,10 @@ def check_eps(eps: float) -> None:
     """Raise ``ValueError`` unless eps, the coding precision, is positive and finite
     (and its square is).
     """
-    if not (eps > 0 and 0 < eps * eps < math.inf):
+    value = as_number(eps)
+    if not (value > 0 and 0 < value * value < math.inf):
         raise ValueError(
-            f"eps, the coding precision, must be positive and finite, got {eps}"
+            f"eps, the coding precision, must be positive and finite, got {eps!r}"
         )
 
 
@@ -34,6 +36,7 @@ def check_tokens(z: Tokens) -> None:
     """Raise ``ValueError`` unless z are floating-point tokens (..., n, d) with n >= 1
     and d >= 1.
     """
+    check_tensor("tokens", z)
     if z.ndim < 2 or min(z.shape[-2:]) < 1 or not z.is_floating_point():
         raise ValueError(
             "tokens must be floating point, (..., n, d) with n, d >= 1, got "
@@ -44,6 +47,7 @@ def check_tokens(z: Tokens) -> None:
 def check_bases(z: Tokens, bases: Bases) -> None:
     """Raise ``ValueError`` unless bases are (K, d, p) for tokens (..., n, d)."""
     check_tokens(z)
+    check_tensor("bases", bases)
     if bases.ndim != 3 or bases.shape[1] != z.shape[-1]:
         raise ValueError(
             f"bases must be (K, {z.shape[-1]}, p) for tokens {tuple(z.shape)}, got "
@@ -143,6 +147,7 @@ def _shrink(v: Tensor, weight: float) -> Tensor:
 
 def _at_least_single(z: Tensor) -> Tensor:
     """Half precision as float32, which factorisations need; the rest unchanged."""
+    check_tensor("tokens and bases", z)
     return z.float() if z.dtype in (torch.float16, torch.bfloat16) else z
 
 

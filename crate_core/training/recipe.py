@@ -15,15 +15,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from typing import Any, Literal, get_args
 
-from crate_core.data.pictures import Augmentation
-from crate_core.model.config import (
-    CrateMAEConfig,
-    ModelConfig,
-    ViTMAEConfig,
-    config_from_dict,
-)
-from crate_core.training.checks import (
-    check_betas,
+from crate_core.checks import (
     check_choice,
     check_flag,
     check_integer,
@@ -32,6 +24,14 @@ from crate_core.training.checks import (
     require,
     store,
 )
+from crate_core.data.pictures import Augmentation
+from crate_core.model.config import (
+    CrateMAEConfig,
+    ModelConfig,
+    ViTMAEConfig,
+    config_from_dict,
+)
+from crate_core.training.checks import check_betas
 from crate_core.training.expected import band_at, measured
 from crate_core.training.presets import PRESETS
 
