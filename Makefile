@@ -43,6 +43,11 @@ FIND_PYTHON = for p in $(PYTHON) python3 python3.12 python3.11 python3.13; do \
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 export JUPYTER_PREFER_ENV_PATH := 1
 
+# Threads that wait for each other give up their core after some thousand rounds, as in the crate command.
+ifndef OMP_WAIT_POLICY
+export GOMP_SPINCOUNT ?= 1000
+endif
+
 ifeq ($(VENV),$(OWN_VENV))
 READY := $(STAMP)
 else

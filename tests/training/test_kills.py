@@ -76,10 +76,12 @@ def test_a_run_that_is_ended_has_its_log_in_the_file(tmp_path: Path) -> None:
             time.sleep(0.05)
         running = process.poll() is None
         process.terminate()
-        process.wait()
+        status = process.wait()
     assert running
+    assert status == 75
     assert all(f"{path}: cannot identify" in said.read_text() for path in bad)
-    assert errors.read_text() == ""
+    (line,) = errors.read_text().splitlines()
+    assert "SIGTERM ended the run after step" in line
 
 
 DRIVER = """
