@@ -34,10 +34,6 @@ FIGURES: dict[str, LiveFigure] = {
 }
 """Every live figure of the book by its name."""
 
-# The files that every figure shares, named so that a chapter's cache sees them change:
-# crate_core/live/helper.js and crate_core/live/live.css
-SHARED = ("helper.js", "live.css")
-
 
 class _Piece:
     """HTML for the page; its alt text where there is no HTML."""
@@ -54,7 +50,11 @@ class _Piece:
 
 
 def own_file(name: str) -> str:
-    """The text of a file beside this module."""
+    """The text of a file beside this module.
+
+    Every figure shares crate_core/live/helper.js and crate_core/live/live.css; a
+    chapter's cache sees these change because their paths stand here.
+    """
     return (files("crate_core.live") / name).read_text(encoding="utf8")
 
 

@@ -481,6 +481,9 @@ def test_scripts_and_python_name_the_same_files() -> None:
     folder = ROOT / "crate_core" / "live"
     named = {figure.script for figure in FIGURES.values()} | {"helper.js"}
     assert {path.name for path in folder.glob("*.js")} == named
+    shared = (folder / "figure.py").read_text(encoding="utf8")
+    assert "crate_core/live/helper.js" in shared
+    assert "crate_core/live/live.css" in shared
     for figure in FIGURES.values():
         text = (folder / figure.script).read_text(encoding="utf8")
         assert re.search(rf'L\.define\("{figure.name}"', text)
