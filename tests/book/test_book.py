@@ -75,7 +75,6 @@ OLD_CLAIMS = {
     "evaluation": 10,
     "first_training": 9,
     "heads": 7,
-    "ista": 27,
     "layer_by_layer": 18,
     "layers": 30,
     "open_questions": 17,
