@@ -284,6 +284,18 @@ def test_rate_reduction_is_never_positive_at_equal_error_per_coordinate(seed, ep
 
 
 @given(problems())
+@settings(max_examples=20)
+def test_rate_reduction_is_the_whole_s_rate_minus_the_subspaces(problem):
+    z, bases, eps = problem
+    reduction = rate_reduction(z, bases, eps).flatten()
+    for one, found in zip(z.reshape(-1, *z.shape[-2:]), reduction, strict=True):
+        whole, apart = naive_rate(one, eps), naive_subspace_rate(one, bases, eps)
+        # the rounding of each rate, not of their difference
+        error = 1e-7 * float(1 + whole + apart)
+        torch.testing.assert_close(found, whole - apart, rtol=0, atol=error)
+
+
+@given(problems())
 @settings(max_examples=40)
 def test_class_rate_is_the_weighted_sum_and_never_exceeds_the_whole(problem):
     z, _, eps = problem
