@@ -12,7 +12,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -78,22 +78,29 @@ def parse(
     """
     import tyro
 
-    box = io.StringIO()
     options: dict[str, Any] = {} if default is None else {"default": default}
+    with usage_errors():
+        return tyro.cli(
+            kind,
+            prog=f"crate {name}",
+            args=list(arguments),
+            # A default says which of several dataclasses a field holds: no subcommand
+            # for it.
+            config=(
+                tyro.conf.AvoidSubcommands,
+                *((tyro.conf.PositionalRequiredArgs,) if positional else ()),
+            ),
+            **options,
+        )
+
+
+@contextlib.contextmanager
+def usage_errors() -> Iterator[None]:
+    """``UsageError`` in one line where tyro prints a box and leaves."""
+    box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
-            return tyro.cli(
-                kind,
-                prog=f"crate {name}",
-                args=list(arguments),
-                # A default says which of several dataclasses a field holds: no
-                # subcommand for it.
-                config=(
-                    tyro.conf.AvoidSubcommands,
-                    *((tyro.conf.PositionalRequiredArgs,) if positional else ()),
-                ),
-                **options,
-            )
+            yield
     except SystemExit as end:
         if not end.code:
             raise
@@ -118,9 +125,10 @@ def run_pretrain(arguments: Sequence[str], command: str) -> None:
 
     # The preset comes first, as the other options' defaults are its; tyro's overridable
     # configurations would make it a subcommand instead of an option.
-    given, _ = tyro.cli(
-        Preset, args=list(arguments), return_unknown_args=True, add_help=False
-    )
+    with usage_errors():
+        given, _ = tyro.cli(
+            Preset, args=list(arguments), return_unknown_args=True, add_help=False
+        )
     config = parse(PretrainConfig, "pretrain", arguments, PretrainConfig(given.preset))
     from crate_core.training.pretrain import pretrain
 

@@ -83,6 +83,7 @@ BAD = [
     (["pretrain", "--epochs", "many"], "--epochs"),
     (["pretrain", "--epoch", "3"], "--epoch"),
     (["pretrain", "--preset", "mnist"], "digits, cifar10, "),
+    (["pretrain", "--preset"], "Missing value for argument '--preset'"),
     (["pretrain", "--device", "gpu"], "'auto', 'cpu', 'cuda', 'mps'"),
     (["pretrain", "--mask-ratio", "1.5"], "mask_ratio=1.5"),
     (["pretrain", "--model.dim", "66"], "dim=66"),

@@ -80,8 +80,8 @@ def company(threads: int | None = None) -> str | None:
         return None
     return (
         f"this machine is busy: {others:.1f} processes ran on its {cores} cores in the "
-        f"last minute, and this one wants {threads} more; it will be slow. "
-        "OMP_NUM_THREADS=1 often costs least then"
+        f"last minute, and this one wants {threads} more; it will be slow"
+        + ("; OMP_NUM_THREADS=1 often costs least then" if threads > 1 else "")
     )
 
 
