@@ -319,13 +319,13 @@ def denoising_cosine_law(
     mixture,
 
     .. math:: \cos = \frac{\bar\mu}{\sqrt{\overline{\mu^2}}}\;
-              \frac{\sqrt{(K-1)\,t_2}\; q_2}{\sqrt{t_1 q_1^2 + (K-1)\,t_2 q_2^2}}
+              \frac{\sqrt{(K-1)\,g_2}\; q_2}{\sqrt{g_1 q_1^2 + (K-1)\,g_2 q_2^2}}
               \sqrt{\frac{(K-1)\,p}{d-p}},
 
-    with the load :math:`\chi = n/(Kp)`, :math:`t_2 = \sigma^2 p`, :math:`t_1 = 1 +
-    t_2`, :math:`q_i = 1/(1+\beta t_i \bar\mu)`, :math:`S = t_1 q_1^2 + (K-1)\, t_2
+    with the load :math:`\chi = n/(Kp)`, :math:`g_2 = \sigma^2 p`, :math:`g_1 = 1 +
+    g_2`, :math:`q_i = 1/(1+\beta g_i \bar\mu)`, :math:`S = g_1 q_1^2 + (K-1)\, g_2
     q_2^2`, :math:`\overline{\mu^2} = \bar\mu/(1+\beta\chi S)`, and :math:`\bar\mu` the
-    solution of :math:`\bar\mu = 1/(1+\beta\chi[t_1 q_1 + (K-1)\, t_2 q_2])`.
+    solution of :math:`\bar\mu = 1/(1+\beta\chi[g_1 q_1 + (K-1)\, g_2 q_2])`.
 
     A heuristic (a deterministic equivalent for n, d, p large together), no theorem.
     The model: mutually orthogonal subspaces, signal of unit mean squared norm spread
@@ -364,18 +364,18 @@ def denoising_cosine_law(
         )
     beta = subspace_beta(n, rank, eps)
     load = n / (components * rank)
-    t2 = sigma**2 * rank
-    t1 = 1 + t2
-    other_t2 = (components - 1) * t2
-    # x = beta mean(mu) solves x/beta + load (t1 x/(1+t1 x) + (K-1) t2 x/(1+t2 x)) = 1:
+    g2 = sigma**2 * rank
+    g1 = 1 + g2
+    other_g2 = (components - 1) * g2
+    # x = beta mean(mu) solves x/beta + load (g1 x/(1+g1 x) + (K-1) g2 x/(1+g2 x)) = 1:
     # increasing in x, bisected in log x.
-    low, high = 1 / (1 / beta + load * (t1 + other_t2)), beta
+    low, high = 1 / (1 / beta + load * (g1 + other_g2)), beta
     for _ in range(100):
         x = math.sqrt(low * high)
-        total = x / beta + load * (t1 * x / (1 + t1 * x) + other_t2 * x / (1 + t2 * x))
+        total = x / beta + load * (g1 * x / (1 + g1 * x) + other_g2 * x / (1 + g2 * x))
         low, high = (x, high) if total < 1 else (low, x)
     m = x / beta
-    q1, q2 = 1 / (1 + t1 * x), 1 / (1 + t2 * x)
-    energy = t1 * q1**2 + other_t2 * q2**2
+    q1, q2 = 1 / (1 + g1 * x), 1 / (1 + g2 * x)
+    energy = g1 * q1**2 + other_g2 * q2**2
     visible = math.sqrt((components - 1) * rank / (dim - rank))
-    return visible * math.sqrt(m * (1 + beta * load * energy) * other_t2 / energy) * q2
+    return visible * math.sqrt(m * (1 + beta * load * energy) * other_g2 / energy) * q2

@@ -34,14 +34,6 @@ from crate_core.live.parts import Choice, Control, LiveFigure, Slider
 pytestmark = [pytest.mark.repository]
 ROOT = Path(__file__).resolve().parents[2]
 
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-dev-shm-usage",
-]
 NAMES = sorted(FIGURES)
 SETTINGS = 6
 """States of the controls at which page and package are compared, for each figure."""
@@ -125,19 +117,6 @@ def differences(ours: Any, pages: Any, close: float, where: str = "") -> list[st
         if math.isclose(ours, pages, rel_tol=close, abs_tol=1e-12)
         else [f"{where}: {ours} and {pages}"]
     )
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """Debian's Chromium; no browser is downloaded."""
-    executable = shutil.which("chromium") or shutil.which("google-chrome")
-    if executable is None:
-        pytest.skip("no Chromium here (Debian: apt-get install chromium)")
-    sync_api = pytest.importorskip("playwright.sync_api", reason="needs the test extra")
-    with sync_api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=executable, args=FLAGS)
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture(scope="module")

@@ -215,18 +215,18 @@ FAULTS = [
             "the gradient compared without dividing by beta",
         ),
         (
-            "    leak = 1 + beta * e**2",
-            "    leak = 1",
+            "    return torch.hypot((1 + mistaken) * own, occupied + mistaken)",
+            "    return torch.hypot(own, occupied + mistaken)",
             "the bound without the noise that leaks",
         ),
         (
-            "    t2 = sigma**2 * rank",
-            "    t2 = sigma**2",
+            "    g2 = sigma**2 * rank",
+            "    g2 = sigma**2",
             "the law's noise without the rank",
         ),
         (
-            "    rho_squared = (components - 1) * t2",
-            "    rho_squared = components * t2",
+            "    other_g2 = (components - 1) * g2",
+            "    other_g2 = components * g2",
             "the own subspace counted among the others",
         ),
         (
