@@ -203,6 +203,7 @@ def run_probe(arguments: Sequence[str], command: str) -> None:
         device=options.device,
         workers=options.workers,
         command=command,
+        max_unreadable=options.max_unreadable,
         report=print,
     )
     if not record:  # a process beside the first
@@ -274,7 +275,8 @@ def run_reconstruct(arguments: Sequence[str], command: str) -> None:
 
     from crate_core.data.named import open_data
     from crate_core.data.sources import FileImages, ImageSource
-    from crate_core.data.understood import some_readable, understood
+    from crate_core.data.batches import UnreadableCount
+    from crate_core.data.understood import chosen_pictures, understood
     from crate_core.keys import evaluation_noise
     from crate_core.model.build import load_model
     from crate_core.training.yardsticks import save_reconstructions
@@ -290,24 +292,26 @@ def run_reconstruct(arguments: Sequence[str], command: str) -> None:
         if missing:
             raise FileNotFoundError(f"there is no file {missing[0]}")
         source = FileImages([Path(name) for name in options.images])
-        count = len(source)
+        # of files that are named one by one any share may be damaged
+        count, unreadable = len(source), UnreadableCount(len(source), 1.0, {}, "")
     else:
-        data = open_data(options.data)
+        data = open_data(options.data, labels=False)
         print("\n".join(understood(data)))
         source, count = data.held_out, options.count
-    shown = some_readable(
-        source, model.config.image_shape, model.config.channels, count
+        unreadable = UnreadableCount(
+            len(source), options.max_unreadable, {}, "held-out"
+        )
+    shown = chosen_pictures(
+        source,
+        model.config.image_shape,
+        model.config.channels,
+        count,
+        unreadable,
+        print,
     )
-    rows = []
-    for index, picture in shown:
-        if isinstance(picture, str):
-            print(f"left out, cannot be read: {picture}")
-        else:
-            rows.append(picture)
-            print(f"row {len(rows)}: {source.name(index)}")
-    if not rows:
-        raise ValueError(f"none of {count} pictures can be read")
-    pictures = torch.stack(rows)
+    for row, (index, _) in enumerate(shown, start=1):
+        print(f"row {row}: {source.name(index)}")
+    pictures = torch.stack([picture for _, picture in shown])
     noise = evaluation_noise(options.seed, len(pictures), math.prod(model.config.grid))
     save_reconstructions(options.output, model, pictures, options.mask_ratio, noise)
     print(
@@ -334,6 +338,7 @@ def run_inspect(arguments: Sequence[str], command: str) -> None:
         options.seeds,
         command,
         print,
+        options.max_unreadable,
     )
     write_report(options.output, page)
     print(f"saved in {options.output}, {len(page) / 1e6:.1f} MB")

@@ -112,6 +112,8 @@ class Reconstruct:
     """Share of patches to remove."""
     seed: int = 0
     """Fixes the masks."""
+    max_unreadable: float = 0.1
+    """Stop if a larger share of a part's pictures cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,8 @@ class Inspect:
     """Untrained controls."""
     device: Device = "auto"
     """auto takes a GPU when there is one."""
+    max_unreadable: float = 0.1
+    """Stop if a larger share of a part's pictures cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -205,3 +209,5 @@ class Probe:
     """Processes that read pictures."""
     output: str | None = None
     """The JSON file; None writes probe.json beside the checkpoint."""
+    max_unreadable: float = 0.1
+    """Stop if a larger share of a part's pictures cannot be read."""

@@ -14,7 +14,7 @@ Book: :ref:`ch-first-training`.
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -243,7 +243,10 @@ def folder(path: str | Path) -> ImageData:
         If there is no such folder.
     ValueError
         If it is empty or holds no images (the message names the accepted extensions),
-        the classes of its parts differ, or names leave open which part is which.
+        or names leave open which part is which.
+
+    Parts may have different classes, or one of them none: pretraining needs no labels.
+    ``notes`` say so.
 
     Book: :ref:`ch-first-training`.
     """
@@ -273,14 +276,13 @@ def folder(path: str | Path) -> ImageData:
         kept = {p: behind for p, behind in files.items() if behind not in apart}
         both += len(files) - len(kept)
         found.by_class[name] = kept
-    source, classes = class_folders(found)
+    source, own = class_folders(found)
     held_out, held_out_classes = class_folders(held)
-    if classes != held_out_classes:
-        odd = sorted(set(classes) ^ set(held_out_classes))
-        raise ValueError(
-            f"{train_root.name}/ and {held_out_root.name}/ of {root} have different "
-            f"class folders: {', '.join(odd[:5])}"
-        )
+    # what is trained on has the first numbers, whatever is held out
+    classes = own + [name for name in held_out_classes if name not in own]
+    if held_out.labels is not None:
+        numbers = np.array([classes.index(name) for name in held_out_classes])
+        held_out.labels = numbers[held_out.labels]
     left_out = [
         f"{said} in {f.root.name}/" for f in (found, held) for said in f.left_out()
     ]
@@ -296,4 +298,29 @@ def folder(path: str | Path) -> ImageData:
         f"folder {root}: {len(source):,} in {train_root.name}/ to train on, "
         f"{len(held_out):,} held out in {held_out_root.name}/"
     )
-    return ImageData(source, held_out, tuple(classes), description, tuple(left_out))
+    notes = differing_classes(
+        {f"{train_root.name}/": own, f"{held_out_root.name}/": held_out_classes}
+    )
+    return ImageData(
+        source,
+        held_out,
+        tuple(classes),
+        description,
+        tuple(left_out),
+        notes=tuple(notes),
+    )
+
+
+def differing_classes(classes: Mapping[str, Sequence[str]]) -> list[str]:
+    """What the class folders of two parts, by the part's name, say that is not the same,
+    in words: nothing where both have the same, or none.
+    """
+    (one, other), said = classes.items(), []
+    for (part, names), (beside, others) in ((one, other), (other, one)):
+        odd = [name for name in others if name not in names]
+        if odd and not names:
+            said.append(f"{part} has no class folders: its pictures have no labels")
+        elif odd:
+            shown = ", ".join(odd[:5]) + (", ..." if len(odd) > 5 else "")
+            said.append(f"{part} lacks {len(odd):,} classes of {beside} ({shown})")
+    return said

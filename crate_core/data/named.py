@@ -209,11 +209,30 @@ def hub_parts(names: Sequence[str], origin: str) -> dict[str, str]:
     return by_part
 
 
+def used_columns(file: Path, origin: str, labels: bool) -> list[str]:
+    """The columns of a parquet file that are read: its images, and with ``labels``
+    those.
+
+    Raises ``ValueError`` if it has no image column, or several without a name that
+    decides.
+    """
+    import datasets
+    import pyarrow.parquet
+
+    features = datasets.Features.from_arrow_schema(pyarrow.parquet.read_schema(file))
+    label = label_column(features) if labels else None
+    image = image_column(features, origin)
+    return [name for name in features if name in (image, label)]
+
+
 def open_tables(
-    location: str, streaming: bool
+    location: str, streaming: bool, labels: bool
 ) -> tuple[dict[str, Any], dict[str, int | None], list[str]]:
     """Hugging Face tables by part ("train" and perhaps "validation" or "test"), their
     numbers of rows, ``None`` where not known, and what was left out.
+
+    Of parquet files here only the column of images is read, and with ``labels`` that of
+    labels: whatever else a table holds, or how it is damaged, is no concern.
 
     Raises
     ------
@@ -239,6 +258,7 @@ def open_tables(
                 part: datasets.load_dataset(
                     "parquet",
                     data_files={part: [glob.escape(str(f.absolute())) for f in of]},
+                    columns=used_columns(of[0], origin, labels),
                     streaming=streaming,
                 )[part]
                 for part, of in chosen.items()
@@ -283,9 +303,9 @@ def open_tables(
     return {part: tables[n] for part, n in chosen_names.items()}, counts, left_out
 
 
-def hugging_face(location: str) -> ImageData:
+def hugging_face(location: str, labels: bool = True) -> ImageData:
     """A dataset in the Hugging Face image schema: parquet files here, or a name on the
-    Hub.
+    Hub; without ``labels`` that column is not read.
 
     The image column is ``image`` or ``img``, else the only one that holds images
     (:func:`image_column`); labels are those of :func:`label_column` and may be absent.
@@ -300,10 +320,10 @@ def hugging_face(location: str) -> ImageData:
         these names, or names leave open which part is which.
     """
     origin = f"hf:{location}"
-    tables, _, left_out = open_tables(location, streaming=False)
+    tables, _, left_out = open_tables(location, streaming=False, labels=labels)
     held_out_name = next((name for name in tables if name != "train"), None)
     column = image_column(tables["train"].features, origin)
-    label = label_column(tables["train"].features)
+    label = label_column(tables["train"].features) if labels else None
     values = {
         name: None
         if label is None or label not in table.column_names
@@ -311,12 +331,14 @@ def hugging_face(location: str) -> ImageData:
         for name, table in tables.items()
     }
     typed = None if label is None else tables["train"].features[label]
-    labels, classes, said = class_numbers(values, typed)
+    numbers, classes, said = class_numbers(values, typed)
+    if not labels:
+        said = "labels are not read"
     columns = [f"images in {column!r}", said.format(column=label)]
     sources = {}
     for name, table in tables.items():
         sources[name] = TableImages(
-            encoded_column(table, column, origin), column, origin, labels[name]
+            encoded_column(table, column, origin), column, origin, numbers[name]
         )
     if held_out_name is None:
         # by no label: what is trained on must not depend on that column
@@ -450,7 +472,9 @@ def class_numbers(
     return labels, classes, "labels in {column!r}"
 
 
-def open_data(spec: str, root: str | Path = "data") -> ImageData:
+def open_data(
+    spec: str, root: str | Path = "data", labels: bool = True
+) -> ImageData:
     """Open ``digits``, ``folder:PATH``, ``torchvision:NAME`` or
     ``hf:NAME-OR-PARQUET-PATH``.
 
@@ -458,6 +482,7 @@ def open_data(spec: str, root: str | Path = "data") -> ImageData:
     ----------
     spec : one of the four forms.
     root : where torchvision datasets lie or are downloaded to.
+    labels : whether the column of labels of a table is read; pretraining does not.
 
     Returns
     -------
@@ -481,7 +506,7 @@ def open_data(spec: str, root: str | Path = "data") -> ImageData:
         return (
             torchvision_data(location, root)
             if kind == "torchvision"
-            else hugging_face(location)
+            else hugging_face(location, labels)
         )
     raise ValueError(
         f"data={spec!r}: accepted are digits, folder:PATH, torchvision:NAME, hf:NAME-OR-PARQUET-PATH"

@@ -48,11 +48,15 @@ def rules() -> dict[str, str]:
             "run's: of a folder from each class folder, of a table from all rows, "
             "whatever their labels"
         ),
-        "classes of a folder": "the folders directly in a part",
+        "classes of a folder": (
+            "the folders directly in a part; a part without such folders has no labels. "
+            "Pretraining needs none"
+        ),
         "classes of a table": (
             "the column `label` in any case, else the only one of class labels; any "
             "values that can be hashed are classes, in sorted order. Null, NaN and "
-            "negative class labels are no label; lists are none at all"
+            "negative class labels are no label; lists are none at all. Pretraining "
+            "does not read the column"
         ),
         "image column": (
             f"{listed(IMAGE_COLUMNS)} in any case, in this order, else the only column "
@@ -79,7 +83,8 @@ def rules() -> dict[str, str]:
         "what cannot be read": (
             "is skipped by name; in training another picture takes its place (up to "
             f"{SUBSTITUTES} are tried), elsewhere it leaves the denominator. Above "
-            f"{MAX_UNREADABLE:.0%} of a part work stops (`max_unreadable`)"
+            f"{MAX_UNREADABLE:.0%} of a part work stops (`max_unreadable`), but for "
+            "files that are named one by one"
         ),
     }
 

@@ -153,7 +153,8 @@ class ImageData:
     ``train`` is what pretraining and probes fit on, ``held_out`` what neither sees;
     ``classes`` are the names of the labels, empty where there are none; ``description``
     says in words what was found and how it was split; ``left_out`` what was not taken,
-    and why; ``columns`` of a table those that hold images and labels.
+    and why; ``columns`` of a table those that hold images and labels; ``notes`` what
+    else its user should know.
     """
 
     train: ImageSource
@@ -162,6 +163,7 @@ class ImageData:
     description: str
     left_out: tuple[str, ...] = ()
     columns: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def held_out_split(

@@ -217,9 +217,15 @@ class StreamedPictures(TrainingPictures):
         return Batch(batch.images, indices, unreadable, batch.complete)
 
 
-def stream_data(location: str) -> ImageData:
+def stream_data(location: str, keep: bool = True) -> ImageData:
     """A dataset in the Hugging Face image schema as a stream: parquet files here, or a
     name on the Hub.
+
+    Parameters
+    ----------
+    location : of the dataset.
+    keep : whether to keep rows in memory, those held out and the first to train on; of
+        several processes only the one that looks at them needs to.
 
     Raises
     ------
@@ -231,7 +237,7 @@ def stream_data(location: str) -> ImageData:
     Book: :ref:`ch-pretraining`.
     """
     origin = f"hf:{location}"
-    tables, counts, left_out = open_tables(location, streaming=True)
+    tables, counts, left_out = open_tables(location, streaming=True, labels=False)
     count = counts["train"]
     if count is None:
         raise ValueError(
@@ -244,9 +250,8 @@ def stream_data(location: str) -> ImageData:
 
     def kept(stream: Any, rows: int) -> EncodedImages:
         try:
-            return EncodedImages(
-                [encoded(row[column], origin) for row in stream.take(rows)], origin
-            )
+            first = stream.take(rows if keep else 0)
+            return EncodedImages([encoded(row[column], origin) for row in first], origin)
         except (ValueError, OSError) as error:  # pyarrow's are among them
             path = Path(location).expanduser()
             files = visible_parquet(path) if path.is_dir() else [path]

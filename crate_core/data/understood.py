@@ -12,7 +12,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 from torch import Tensor
 
-from crate_core.data.batches import evaluation_batches
+from crate_core.data.batches import (
+    HeldOutPictures,
+    UnreadableCount,
+    evaluation_batches,
+)
 from crate_core.data.sources import ImageData, ImageSource, SelectedImages
 from crate_core.data.transforms import Size
 
@@ -40,7 +44,7 @@ def understood(data: ImageData) -> list[str]:
         lines.append(f"columns: {', '.join(data.columns)}")
     if data.left_out:
         lines.append(f"left out: {'; '.join(data.left_out)}")
-    return lines
+    return lines + [f"note: {said}" for said in data.notes]
 
 
 @dataclass(frozen=True)
@@ -142,6 +146,48 @@ def some_readable(
         ]
         for place, picture in sorted(shown, key=lambda pair: pair[0]):
             yield int(rows[place]), picture
+
+
+def chosen_pictures(
+    source: ImageSource,
+    size: Size,
+    channels: int,
+    count: int,
+    unreadable: UnreadableCount,
+    report: Callable[[str], None],
+) -> list[tuple[int, Tensor]]:
+    """Up to ``count`` readable pictures spread evenly over a source, with their numbers,
+    as the model sees them; for one that cannot be read the next one is taken.
+
+    ``unreadable`` counts those, and ``report`` gets a line with the name of each.
+
+    Raises
+    ------
+    ValueError
+        As soon as more than the limit of ``unreadable`` cannot be read, or if none can.
+    """
+    chosen = np.linspace(0, len(source) - 1, min(count, len(source))).round()
+    tried = set(chosen.astype(int).tolist())
+    reader = HeldOutPictures(source, size, channels)
+    found: list[tuple[int, Tensor]] = []
+    for wanted in sorted(tried):
+        index: int | None = wanted
+        while index is not None:
+            batch = reader.__getitems__([index])
+            for _, message in batch.unreadable:
+                report(f"left out, cannot be read: {message}")
+            unreadable.add(batch, lambda line: None)
+            if len(batch.images):
+                found.append((index, batch.images[0]))
+                break
+            index = next((i for i in range(index, len(source)) if i not in tried), None)
+            tried |= set() if index is None else {index}
+    if not found:
+        raise ValueError(
+            f"none of {len(tried)} pictures can be read, the first: "
+            f"{next(iter(unreadable.names))}"
+        )
+    return sorted(found, key=lambda pair: pair[0])
 
 
 def contact_sheet(

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from crate_core.data.batches import some_pictures
+from crate_core.data.batches import some_batches
 from crate_core.data.named import open_data
 from crate_core.data.sources import ImageData
 from crate_core.data.understood import readable, understood, with_labels
@@ -32,7 +32,7 @@ from crate_core.evaluation.probe import (
 from crate_core.model.autoencoder import MaskedAutoencoder
 from crate_core.model.build import fresh_model, load_model, pick_device
 from crate_core.records import RUN_FILE, device_name, provenance, write_json
-from crate_core.training.yardsticks import reconstruction_by_ratio
+from crate_core.training.yardsticks import mean_picture, reconstruction_by_ratio
 
 EVALUATION_FILE = "evaluation.json"
 
@@ -164,9 +164,9 @@ def evaluate(
         else compare_fine_tuning(model, labelled, fine_tuning, range(seeds))
     )
     clock.lap("fine-tuning")
-    mean_picture = some_pictures(pictures.train, model.config).mean(dim=0)
-    held_out = some_pictures(pictures.held_out, model.config)
-    by_ratio = reconstruction_by_ratio(model, held_out, mean_picture, possible)
+    mean = mean_picture(some_batches(pictures.train, model.config))
+    held_out = some_batches(pictures.held_out, model.config)
+    by_ratio = reconstruction_by_ratio(model, held_out, mean, possible)
     clock.lap("reconstruction")
     return {
         "data": spec,

@@ -176,6 +176,7 @@ def cached_features(
     process: int = 0,
     processes: int = 1,
     max_unreadable: float = MAX_UNREADABLE,
+    part: str = "",
 ) -> Features:
     """Features as :func:`encode` gives them, kept on disk and computed once.
 
@@ -195,6 +196,7 @@ def cached_features(
     pixels : also keep the pixels, for their control.
     process, processes : which share of the rows this process computes.
     max_unreadable : largest share of them that may be unreadable.
+    part : what to call the pictures in a message, such as "held-out".
 
     Raises
     ------
@@ -217,18 +219,18 @@ def cached_features(
     )
     names = STORED if pixels else STORED[:2]
     arrays = {name: stored_rows(folder, name, model, len(source)) for name in names}
-    part = _Rows(source, range(mine.start + state["rows"], mine.stop))
-    met = {int(row) - part.rows.start: said for row, said in state["bad"].items()}
-    unreadable = UnreadableCount(len(mine), max_unreadable, met, "")
+    left = _Rows(source, range(mine.start + state["rows"], mine.stop))
+    met = {int(row) - left.rows.start: said for row, said in state["bad"].items()}
+    unreadable = UnreadableCount(len(mine), max_unreadable, met, part)
 
     def note(rows: int) -> None:
         """What is on disk so far."""
         for array in arrays.values():
             array.flush()
-        bad = {row + part.rows.start: said for row, said in unreadable.met.items()}
+        bad = {row + left.rows.start: said for row, said in unreadable.met.items()}
         write_json(done, {"rows": rows, "bad": bad})
 
-    if len(part):
+    if len(left):
         autocast = (
             torch.autocast(next(model.parameters()).device.type, AUTOCAST[precision])
             if precision in AUTOCAST
@@ -236,9 +238,9 @@ def cached_features(
         )
         with autocast:
             for rows, *values in encoded_batches(
-                model, part, unreadable, batch_size, workers
+                model, left, unreadable, batch_size, workers
             ):
-                at = rows + part.rows.start
+                at = rows + left.rows.start
                 for name, value in zip(STORED, values, strict=True):
                     if name in arrays:
                         arrays[name][at] = value.to(torch.float16).numpy()

@@ -48,8 +48,10 @@ def class_count(data: ImageData) -> int:
         raise ValueError("at least two classes are needed, these pictures have one")
     strange = np.setdiff1d(held_out, train)
     if len(strange):
+        first = strange[0]
+        such = data.classes[first] if first < len(data.classes) else first
         raise ValueError(
-            f"held-out pictures have {len(strange)} classes that no training picture has, such as {strange[0]}: "
+            f"held-out pictures have {len(strange)} classes that no training picture has, such as {such}: "
             f"{len(held_out)} classes held out, {len(train)} to train on"
         )
     named = len(data.classes)

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 from accelerate import PartialState
 
+from crate_core.data.batches import MAX_UNREADABLE
 from crate_core.data.named import open_data
 from crate_core.data.understood import understood, with_labels
 from crate_core.evaluation.evaluate import run_data
@@ -55,6 +56,7 @@ def probe_checkpoint(
     device: str = "auto",
     workers: int = 0,
     command: str = "crate_core.evaluation.probing.probe_checkpoint",
+    max_unreadable: float = MAX_UNREADABLE,
     report: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Linear probe and nearest neighbours on features that are computed once.
@@ -75,6 +77,7 @@ def probe_checkpoint(
     controls : also judge the same network untrained, and the pixels.
     seeds : of validation split, order and first weights; and of the untrained network.
     precision, batch_size : of the encoder.
+    max_unreadable : largest share of a part's pictures that may be unreadable.
 
     Returns
     -------
@@ -130,11 +133,13 @@ def probe_checkpoint(
         workers=workers,
         process=processes.process_index,
         processes=processes.num_processes,
+        max_unreadable=max_unreadable,
     )
 
     def encoded(network: MaskedAutoencoder) -> tuple[Features, Features]:
-        for source in (labelled.train, labelled.held_out):
-            store(network, source)
+        parts = {"training": labelled.train, "held-out": labelled.held_out}
+        for part, source in parts.items():
+            store(network, source, part=part)
         # after all have written their rows, all can read all
         processes.wait_for_everyone()
         return store(network, labelled.train), store(network, labelled.held_out)

@@ -16,10 +16,14 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from crate_core.data.batches import some_pictures
+from crate_core.data.batches import (
+    MAX_UNREADABLE,
+    UnreadableCount,
+    some_pictures,
+)
 from crate_core.data.named import open_data
 from crate_core.data.sources import ArrayImages, FileImages, ImageSource, digits
-from crate_core.data.understood import shortened, some_readable, understood
+from crate_core.data.understood import chosen_pictures, shortened, understood
 from crate_core.inspection import figures as figures
 from crate_core.inspection.layers import inspect_layers, inspect_weights
 from crate_core.inspection.sections import (
@@ -155,28 +159,22 @@ def inspection_report(
 
 
 def named_pictures(
-    source: ImageSource, config: FrameConfig, count: int, origin: str
+    source: ImageSource, config: FrameConfig, count: int, origin: str, limit: float
 ) -> tuple[Images, str]:
     """Some pictures (B, C, H, W) of a source in [0, 1], and where they come from with
     the names of those that could not be read.
 
-    Raises ``ValueError`` if none is readable.
+    Raises ``ValueError`` if none is readable, or a larger share of the source than
+    ``limit`` proves unreadable.
     """
-    shown = [
-        picture
-        for _, picture in some_readable(
-            source, config.image_shape, config.channels, count
-        )
-    ]
-    said = [picture for picture in shown if isinstance(picture, str)]
-    images = [picture for picture in shown if not isinstance(picture, str)]
-    if not images:
-        raise ValueError(
-            f"none of {len(shown)} pictures can be read, the first: {said[0]}"
-        )
-    if said:
-        origin += f"; {len(said)} of {len(shown)} could not be read: {shortened(said)}"
-    return torch.stack(images), origin
+    unreadable = UnreadableCount(len(source), limit, {}, "")
+    shown = chosen_pictures(
+        source, config.image_shape, config.channels, count, unreadable, lambda line: None
+    )
+    if said := list(unreadable.names):
+        met = len(said) + len(shown)
+        origin += f"; {len(said)} of {met} could not be read: {shortened(said)}"
+    return torch.stack([picture for _, picture in shown]), origin
 
 
 def inspect_checkpoint(
@@ -189,6 +187,7 @@ def inspect_checkpoint(
     seeds: int = 3,
     command: str = "crate_core.inspection.page.inspect_checkpoint",
     report: Callable[[str], None] = lambda line: None,
+    max_unreadable: float = MAX_UNREADABLE,
 ) -> str:
     """What ``crate inspect`` writes: :func:`inspection_report` on files, on held-out
     pictures of ``data``, or on pictures that are shipped; ``report`` gets what was
@@ -199,7 +198,8 @@ def inspect_checkpoint(
     FileNotFoundError
         If a file or the data are not there.
     ValueError
-        If a file or the data cannot be used, or a number is out of range.
+        If a file or the data cannot be used, a larger share of the held-out pictures
+        than ``max_unreadable`` proves unreadable, or a number is out of range.
     """
     for field, value in (("count", count), ("seeds", seeds)):
         if value < 1:
@@ -209,13 +209,18 @@ def inspect_checkpoint(
         if missing:
             raise FileNotFoundError(f"there is no file {missing[0]}")
         source = FileImages([Path(file) for file in files])
-        images, origin = named_pictures(source, model.config, len(source), "files")
+        # of files that are named one by one any share may be damaged
+        images, origin = named_pictures(source, model.config, len(source), "files", 1.0)
     elif data is not None:
-        opened = open_data(data)
+        opened = open_data(data, labels=False)
         for line in understood(opened):
             report(line)
         images, origin = named_pictures(
-            opened.held_out, model.config, count, f"held out: {opened.description}"
+            opened.held_out,
+            model.config,
+            count,
+            f"held out: {opened.description}",
+            max_unreadable,
         )
     else:
         images = shipped_pictures(model.config, count)

@@ -136,9 +136,9 @@ def pretrain(
     # which downloads, where there is something to download
     with accelerator.main_process_first():
         data = (
-            stream_data(config.data[3:])
+            stream_data(config.data[3:], keep=main)
             if config.streaming
-            else open_data(config.data, config.data_root)
+            else open_data(config.data, config.data_root, bool(config.evaluators))
         )
     for line in understood(data):
         say(line)
@@ -488,7 +488,7 @@ class Trainer:
         """The held-out loss and what the evaluators give, by the main process."""
         model = self.whole_model()
         if self.accelerator.is_main_process and model is not None:
-            pictures = some_pictures(self.data.held_out, self.config.model)
+            pictures = some_batches(self.data.held_out, self.config.model)
             loss = held_out_loss(model, pictures, self.config.mask_ratio)
             scores = {"held_out_loss": loss}
             for evaluate in self.evaluators:

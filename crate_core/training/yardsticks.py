@@ -79,6 +79,19 @@ def trivial_loss(
     )
 
 
+def mean_picture(images: Images | Iterable[Images]) -> Tensor:
+    """The mean (C, H, W) of pictures in one tensor (B, C, H, W) or in batches, which are
+    read once.
+
+    Book: :ref:`ch-first-training`.
+    """
+    count, total = 0, torch.zeros((), dtype=torch.float64)
+    for batch in in_batches(images, 64):
+        count += len(batch)
+        total = total + batch.double().sum(dim=0)
+    return (total / count).to(torch.float32)
+
+
 def in_batches(images: Images | Iterable[Images], batch_size: int) -> Iterable[Images]:
     """Pictures in one tensor as batches; batches as they are."""
     return images.split(batch_size) if isinstance(images, Tensor) else images

@@ -28,6 +28,7 @@ from crate_core.data.pictures import (
 )
 from crate_core.data.sources import ArrayImages, FileImages, held_out_split
 from crate_core.data.transforms import augmented, fit, in_mode, prepare, to_tensor
+from crate_core.evaluation.labels import class_count
 
 
 def picture(
@@ -138,10 +139,31 @@ def test_folder_that_cannot_be_used(tmp_path: Path) -> None:
 
 
 def test_folder_parts_with_other_classes(tmp_path: Path) -> None:
-    fill(tmp_path / "train" / "a", 2)
-    fill(tmp_path / "val" / "b", 2)
-    with pytest.raises(ValueError, match="different class folders: a, b"):
-        open_data(f"folder:{tmp_path}")
+    for name in ("b", "c"):
+        fill(tmp_path / "train" / name, 2)
+    for name in ("a", "c"):
+        fill(tmp_path / "val" / name, 2)
+    data = open_data(f"folder:{tmp_path}")
+    assert data.classes == ("b", "c", "a")
+    for part in (data.train, data.held_out):
+        names = [Path(part.name(i)).parent.name for i in range(len(part))]
+        assert names == [data.classes[label] for label in part.labels]
+    assert data.notes == (
+        "train/ lacks 1 classes of val/ (a)",
+        "val/ lacks 1 classes of train/ (b)",
+    )
+    with pytest.raises(ValueError, match="no training picture has, such as a"):
+        class_count(data)
+
+
+def test_a_flat_held_out_folder_has_no_labels(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        fill(tmp_path / "train" / name, 2)
+    fill(tmp_path / "val", 3)
+    data = open_data(f"folder:{tmp_path}")
+    assert (len(data.train), len(data.held_out)) == (4, 3)
+    assert data.held_out.labels is None
+    assert data.notes == ("val/ has no class folders: its pictures have no labels",)
 
 
 @pytest.mark.parametrize("spec", ["", "folder:", "digit", "zip:x", "torchvision:"])

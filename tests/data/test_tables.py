@@ -10,9 +10,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tiny_runs import tiny, train
 
+import crate_core.training.pretrain as pretraining
 from crate_core.data.named import class_numbers, hub_parts, image_column, open_data
 from crate_core.data.sources import HELD_OUT, held_out_split
+from crate_core.data.streamed import stream_data
+from crate_core.model.config import CrateMAEConfig
 
 datasets = pytest.importorskip("datasets")
 pa = pytest.importorskip("pyarrow")
@@ -99,6 +103,49 @@ def test_tables_open_whatever_their_labels_hold(
             for label, row in zip(part.labels, part.indices, strict=True):
                 expected = "None" if label < 0 else classes[label]
                 assert expected == str(labels[row])
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_pretraining_reads_pictures_whatever_befell_other_columns(
+    tmp_path: Path, streaming: bool
+) -> None:
+    labels = [f"{i:04d}" * 300 for i in range(30)]
+    file = write(tmp_path / "x.parquet", image=cells(30), label=labels)
+    chunk = pq.read_metadata(file).row_group(0).column(2)
+    assert chunk.path_in_schema == "label"
+    data = bytearray(file.read_bytes())
+    start = chunk.dictionary_page_offset or chunk.data_page_offset
+    data[start : start + chunk.total_compressed_size] = bytes(
+        chunk.total_compressed_size
+    )
+    file.write_bytes(bytes(data))
+    opened = (
+        stream_data(str(file)) if streaming else open_data(f"hf:{file}", labels=False)
+    )
+    assert len(opened.train) + len(opened.held_out) == 30
+    assert opened.train.labels is None
+    assert "labels are not read" in opened.columns
+    assert opened.held_out.read(0).size == (4, 4)
+    with pytest.raises(ValueError, match=r"x\.parquet"):
+        open_data(f"hf:{file}")
+
+
+def test_pretraining_opens_tables_without_labels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write(tmp_path / "x.parquet", image=cells(30), label=list(range(30)))
+    opened: list[bool] = []
+    own = pretraining.open_data
+
+    def noted(spec: str, root: str, labels: bool = True) -> object:
+        opened.append(labels)
+        return own(spec, root, labels)
+
+    monkeypatch.setattr(pretraining, "open_data", noted)
+    small = CrateMAEConfig.preset("cifar10-tiny", image_size=8, dim=8, depth=1, heads=2)
+    said = train(tiny(tmp_path / "r", data=f"hf:{file}", model=small, batch_size=8))
+    assert opened == [False]
+    assert "labels are not read" in "".join(said)
 
 
 label_columns = st.lists(
