@@ -273,9 +273,9 @@ def run_reconstruct(arguments: Sequence[str], command: str) -> None:
 
     import torch
 
+    from crate_core.data.batches import UnreadableCount
     from crate_core.data.named import open_data
     from crate_core.data.sources import FileImages, ImageSource
-    from crate_core.data.batches import UnreadableCount
     from crate_core.data.understood import chosen_pictures, understood
     from crate_core.keys import evaluation_noise
     from crate_core.model.build import load_model

@@ -472,9 +472,7 @@ def class_numbers(
     return labels, classes, "labels in {column!r}"
 
 
-def open_data(
-    spec: str, root: str | Path = "data", labels: bool = True
-) -> ImageData:
+def open_data(spec: str, root: str | Path = "data", labels: bool = True) -> ImageData:
     """Open ``digits``, ``folder:PATH``, ``torchvision:NAME`` or
     ``hf:NAME-OR-PARQUET-PATH``.
 

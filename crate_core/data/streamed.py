@@ -251,7 +251,9 @@ def stream_data(location: str, keep: bool = True) -> ImageData:
     def kept(stream: Any, rows: int) -> EncodedImages:
         try:
             first = stream.take(rows if keep else 0)
-            return EncodedImages([encoded(row[column], origin) for row in first], origin)
+            return EncodedImages(
+                [encoded(row[column], origin) for row in first], origin
+            )
         except (ValueError, OSError) as error:  # pyarrow's are among them
             path = Path(location).expanduser()
             files = visible_parquet(path) if path.is_dir() else [path]

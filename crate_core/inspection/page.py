@@ -169,7 +169,12 @@ def named_pictures(
     """
     unreadable = UnreadableCount(len(source), limit, {}, "")
     shown = chosen_pictures(
-        source, config.image_shape, config.channels, count, unreadable, lambda line: None
+        source,
+        config.image_shape,
+        config.channels,
+        count,
+        unreadable,
+        lambda line: None,
     )
     if said := list(unreadable.names):
         met = len(said) + len(shown)

@@ -80,8 +80,8 @@ def trivial_loss(
 
 
 def mean_picture(images: Images | Iterable[Images]) -> Tensor:
-    """The mean (C, H, W) of pictures in one tensor (B, C, H, W) or in batches, which are
-    read once.
+    """The mean (C, H, W) of pictures in one tensor (B, C, H, W), or in batches, which
+    are read once.
 
     Book: :ref:`ch-first-training`.
     """

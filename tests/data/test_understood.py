@@ -4,6 +4,7 @@ read, are without a label, or of one class.
 
 import json
 import os
+import re
 import subprocess
 import sys
 import weakref
@@ -20,9 +21,16 @@ from PIL import Image
 from tiny_runs import ENVIRONMENT, tiny, train
 
 from crate_core.cli import main
+from crate_core.data.batches import UnreadableCount
 from crate_core.data.pictures import Picture
 from crate_core.data.sources import ImageData, ImageSource
-from crate_core.data.understood import contact_sheet, readable, understood, with_labels
+from crate_core.data.understood import (
+    chosen_pictures,
+    contact_sheet,
+    readable,
+    understood,
+    with_labels,
+)
 from crate_core.evaluation.evaluate import evaluate, run_data
 from crate_core.model.config import CrateMAEConfig
 from crate_core.model.crate import CrateMAE
@@ -208,6 +216,61 @@ def test_reconstruct_names_rows_and_what_is_left_out(
     for count in ("0", "-3", "400"):
         assert main([*command, "--data", "digits", "--count", count]) == 2
         assert f"--count {count}: 1 to " in capsys.readouterr().err
+
+
+@given(
+    bad=st.lists(st.booleans(), min_size=1, max_size=30),
+    count=st.integers(1, 12),
+    limit=st.floats(0, 1),
+)
+def test_a_look_at_some_pictures_takes_others_for_unreadable_ones(
+    bad: list[bool], count: int, limit: float
+) -> None:
+    met, said = UnreadableCount(len(bad), limit, {}, "held-out"), []
+    try:
+        shown = chosen_pictures(Flawed(bad), SIZE, 1, count, met, said.append)
+    except ValueError as error:
+        assert len(met.met) > limit * len(bad) or all(bad)
+        assert "picture-" in str(error)  # noqa: PT017
+        return
+    assert len(met.met) <= limit * len(bad)
+    rows = [index for index, _ in shown]
+    assert rows == sorted(set(rows))
+    assert not any(bad[index] for index in rows)
+    # all that were wanted, unless those after one that is unreadable are used up
+    assert len(rows) <= count
+    if not any(bad):
+        assert len(rows) == min(count, len(bad))
+    assert len(said) == len(met.met)
+    for index, line in zip(met.met, said, strict=True):
+        assert f"picture-{index}." in line
+    for index, picture in shown:
+        assert torch.equal(picture, torch.full((1, 4, 4), index / 100))
+
+
+def test_the_limit_holds_where_few_pictures_are_looked_at(
+    tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree(tmp_path / "d" / "train", 4)
+    tree(tmp_path / "d" / "val", 10, bad=2)
+    given = ["--checkpoint", str(checkpoint), "--data", f"folder:{tmp_path / 'd'}"]
+    cache = ["--cache", str(tmp_path / "cache"), "--no-neighbours"]
+    commands = {
+        "reconstruct": ["--output", str(tmp_path / "o.png"), "--count", "20"],
+        "inspect": ["--output", str(tmp_path / "o.html"), "--seeds", "1"],
+        "probe": ["--output", str(tmp_path / "o.json"), *cache],
+    }
+    for name, options in commands.items():
+        assert main([name, *given, *options]) == 2
+        said = capsys.readouterr().err
+        assert re.search(r"of 20 (held-out )?pictures \(.*max_unreadable", said)
+        assert "val/" in said
+        assert main([name, *given, *options, "--max-unreadable", "0.2"]) == 0
+        said = capsys.readouterr()
+        assert name == "probe" or "val/b/01.png" in said.out
+    record = json.loads((tmp_path / "o.json").read_text())
+    assert record["held_out"] == 16
+    assert len(record["unreadable"]) == 4
 
 
 def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path) -> None:
