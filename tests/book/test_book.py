@@ -67,7 +67,6 @@ def claims_written(page: str) -> int:
 
 
 OLD_CLAIMS = {
-    "attention": 34,
     "comparison": 9,
     "cost": 12,
     "crate_mae": 13,

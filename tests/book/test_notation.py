@@ -69,7 +69,6 @@ LEFT_EARLY = {
     "coding_rate": {r"\alpha", r"\lambda", "D", "H", "r"},
     "diffusion": {r"\lambda", "Y"},
     "structured_ode": {"Y"},
-    "attention": {"m"},
 }
 """Likewise, letters that mean something else later in the book."""
 FREE = {"f"}
