@@ -60,7 +60,6 @@ LEFT = {
     "diffusion": {"q"},
     "structured_ode": {r"\delta", "u"},
     "ista": {"S", "u"},
-    "crate_mae": {"b", "y", "N"},
     "cost": {"N"},
 }
 """What chapters that are not rewritten yet still have; only ever fewer."""
