@@ -58,6 +58,41 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     atomic_write(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
 
 
+def results_path(name: str) -> Path:
+    """Where a record of a longer run is: in a clone, or in the installed package.
+
+    Parameters
+    ----------
+    name : ``"results/"`` and the name of a file, as in ``"results/cifar10.json"``, or
+        of a folder of weights, as in ``"results/weights/vit-seed0"``.  The wheel
+        carries every JSON file and the first seed of each network.
+
+    Raises
+    ------
+    ValueError
+        If ``name`` does not begin with ``results/``.
+    FileNotFoundError
+        If there is no such record; the message lists what there is.
+
+    Book: :ref:`ch-comparison`.
+    """
+    package = Path(__file__).resolve().parent
+    if not name.startswith("results/"):
+        raise ValueError(f"a record is named results/..., got {name!r}")
+    folders = [package, package.parent]  # the wheel's, the clone's
+    for folder in folders:
+        if (folder / name).exists():
+            return folder / name
+    known = sorted(
+        path.relative_to(folder).as_posix()
+        for folder in folders
+        for pattern in ("results/*.json", "results/weights/*/config.json")
+        for path in folder.glob(pattern)
+    )
+    listed = ", ".join(one.removesuffix("/config.json") for one in known)
+    raise FileNotFoundError(f"no record {name}; there are: {listed or 'none'}")
+
+
 def git_commit() -> str:
     """Commit of the checkout that this package runs from, ``+changes`` if it was
     edited, else ``"uncommitted"``.
