@@ -14,6 +14,7 @@
 #                            (`make env VENV=...` installs what it lacks; torch stays as it is)
 #   PYTEST_ARGS="-k rate"    passed to pytest by `make unit`
 #   WORKERS=4                processes for the unit tests (2 by default)
+#   ALL_NOTEBOOKS=1          `make test` also runs every downloaded notebook from the wheel (many minutes), not a few
 #
 # Nothing is downloaded but Python packages, and only while the environment is made.
 

@@ -3,7 +3,11 @@ book last).
 """
 
 import os
+import shutil
+import subprocess
 import sys
+import sysconfig
+import venv
 from pathlib import Path
 
 import hypothesis
@@ -40,3 +44,40 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def fixed_seed() -> None:
     """Each test starts from the same state of torch's global generator."""
     torch.manual_seed(0)
+
+
+BUILT_FROM = (
+    "pyproject.toml",
+    "setup.py",
+    "MANIFEST.in",
+    "README.md",
+    "LICENSE",
+    "LICENSE-CONTENT",
+)
+
+
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Python of its own with the wheel in it, and beside it what this Python has."""
+    root = tmp_path_factory.mktemp("installed")
+    source = root / "source"
+    unwanted = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    for name in ("crate_core", "results"):
+        shutil.copytree(ROOT / name, source / name, ignore=unwanted)
+    for name in BUILT_FROM:
+        shutil.copy(ROOT / name, source)
+    build = [
+        *(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps"),
+        *("--no-build-isolation", "--no-index", "--wheel-dir", str(root), str(source)),
+    ]
+    done = subprocess.run(build, capture_output=True, text=True)
+    if "BackendUnavailable" in done.stderr or "No module named pip" in done.stderr:
+        pytest.skip("pip or setuptools is not installed beside this Python")
+    assert done.returncode == 0, done.stderr
+    (wheel,) = root.glob("*.whl")
+    venv.create(root / "venv", with_pip=False)
+    site = Path(sysconfig.get_path("purelib", "venv", {"base": str(root / "venv")}))
+    into = ["--quiet", "--no-deps", "--no-index", "--target", str(site), str(wheel)]
+    subprocess.run([sys.executable, "-m", "pip", "install", *into], check=True)
+    (site / "beside.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return root

@@ -4,11 +4,8 @@ type checkers see its types.
 
 import os
 import re
-import shutil
 import subprocess
 import sys
-import sysconfig
-import venv
 from pathlib import Path
 
 import pytest
@@ -65,32 +62,6 @@ model(5)
 """An attribute that tensors do not have, and a number for pictures."""
 
 
-@pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Python of its own with the wheel in it, and beside it what this Python has."""
-    root = tmp_path_factory.mktemp("installed")
-    source = root / "source"
-    unwanted = shutil.ignore_patterns("__pycache__", "*.egg-info")
-    shutil.copytree(ROOT / "crate_core", source / "crate_core", ignore=unwanted)
-    for name in ("pyproject.toml", "README.md", "LICENSE", "LICENSE-CONTENT"):
-        shutil.copy(ROOT / name, source)
-    build = [
-        *(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps"),
-        *("--no-build-isolation", "--no-index", "--wheel-dir", str(root), str(source)),
-    ]
-    done = subprocess.run(build, capture_output=True, text=True)
-    if "BackendUnavailable" in done.stderr or "No module named pip" in done.stderr:
-        pytest.skip("pip or setuptools is not installed beside this Python")
-    assert done.returncode == 0, done.stderr
-    (wheel,) = root.glob("*.whl")
-    venv.create(root / "venv", with_pip=False)
-    site = Path(sysconfig.get_path("purelib", "venv", {"base": str(root / "venv")}))
-    into = ["--quiet", "--no-deps", "--no-index", "--target", str(site), str(wheel)]
-    subprocess.run([sys.executable, "-m", "pip", "install", *into], check=True)
-    (site / "beside.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    return root
-
-
 def run(installed: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     return subprocess.run(
@@ -110,6 +81,34 @@ def test_the_wheel_carries_types_weights_and_licences(installed: Path) -> None:
     for name in ("py.typed", "training/expected_loss.json"):
         assert (package / name).is_file()
     assert list((package / "weights").glob("*/model.safetensors"))
+
+
+def test_the_wheel_carries_every_record_that_a_chapter_reads(installed: Path) -> None:
+    chapters = [
+        path.read_text(encoding="utf8") for path in (ROOT / "book").glob("*.md")
+    ]
+    names = sorted(
+        {
+            name
+            for text in chapters
+            for name in re.findall(r"""results_path\(["']([^"']+)["']\)""", text)
+        }
+    )
+    assert "results/cifar10.json" in names
+    script = (
+        "import sys; from crate_core.records import results_path; "
+        "print(*map(results_path, sys.argv[1:]), sep='\\n')"
+    )
+    found = run(installed, "-c", script, *names)
+    assert found.returncode == 0, found.stderr
+    for name, path in zip(names, found.stdout.splitlines(), strict=True):
+        assert Path(path).is_relative_to(installed / "venv"), path
+        own, theirs = ROOT / name, Path(path)
+        for file in [own] if own.is_file() else own.iterdir():
+            copy = theirs if own.is_file() else theirs / file.name
+            assert copy.read_bytes() == file.read_bytes(), copy
+    (wheel,) = installed.glob("*.whl")
+    assert wheel.stat().st_size < 10_000_000
 
 
 def test_readme_lines_run_from_the_wheel(installed: Path) -> None:

@@ -309,6 +309,16 @@ def test_chapter_imports_from_defining_modules(page: str) -> None:
             )
 
 
+@pytest.mark.parametrize("page", pages())
+def test_cells_run_in_any_folder(page: str) -> None:
+    # The downloaded notebook has the package beside it, and no clone.
+    for cell, code in code_cells(text_of(page)) if is_notebook(text_of(page)) else ():
+        assert "../" not in code, (
+            f"cell {cell} names a path of the clone; records are found anywhere by "
+            'crate_core.records.results_path("results/NAME")'
+        )
+
+
 # ---- references from docstrings to the book ----
 
 

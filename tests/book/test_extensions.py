@@ -18,6 +18,7 @@ import nbformat
 import notebooks
 import pytest
 from bs4 import BeautifulSoup
+from pybtex.database import Entry, Person
 
 pytestmark = pytest.mark.repository
 ROOT = Path(__file__).resolve().parents[2]
@@ -324,8 +325,11 @@ def test_a_cell_without_claims_is_left_alone() -> None:
 MYST = r"""(ch-a)=
 # Title
 
-See {prf:ref}`thm-a`, {eq}`eq-a`, {ref}`the chapter <ch-b>` and {cite:t}`pai2024masked`; {glue:text}`n` tokens.
-As in {ref}`ch-c`.
+See {prf:ref}`thm-a`, {eq}`eq-a`, {ref}`the chapter <ch-b>` and
+{cite:t}`pai2024masked`; {glue:text}`n` of {glue:text}`m` tokens {cite:p}`ho,pai2024masked`.
+As in {ref}`ch-c`, {doc}`c`, {ref}`all
+of them <ch-none>`, {numref}`chapter {number} <ch-c>` and {eq}`eq-c`; {py:func}`~a.b.f`
+and {ref}`a claim <clm-x>`.
 
 :::{prf:theorem} Name
 :label: thm-a
@@ -340,34 +344,110 @@ It holds that $x$, by {math}`y`.
 :label: eq-a
 x = y
 ```
+
+$$
+u = v
+$$ (eq-b)
+
+```{exercise} By hand
+:label: ex-a
+Do it.
+```
+
+```{solution} ex-a
+Done.
+```
+
 """
+
+
+def cited(first: str, *others: str, title: str) -> Entry:
+    """A work in the bibliography."""
+    people = [Person(name) for name in (first, *others)]
+    fields = {"title": title, "year": "2024", "publisher": "P"}
+    return Entry("book", fields=fields, persons={"author": people})
 
 
 def test_notebook_is_plain_and_complete() -> None:
     macros: dict[str, str | list] = {"RR": r"\mathbb{R}", "n": ["|#1|", 1]}
-    text_of_page = page("x = 1", "y = 2", text=MYST)
-    notebook = notebooks.make_notebook(
-        text_of_page, "Title", macros, {"ch-c": ("c.ipynb", "Chapter C")}
+    figure = 'claim("clm-x", "Said.")\ny = 2'
+    text_of_page = page("x = 1", figure, text=MYST)
+    text_of_page = text_of_page.replace(
+        "claim(",
+        "---\nmystnb:\n  figure: {caption: 'By {eq}`eq-b`.', name: fig-a}\n---\nclaim(",
     )
+    place = notebooks.Place
+    links = notebooks.Links(
+        docname="book/a",
+        places={
+            "thm-a": place("Theorem 1.2", "book/a", "1.2"),
+            "eq-a": place("(1.1)", "book/a", "1.1"),
+            "eq-b": place("(1.3)", "book/a", "1.3"),
+            "eq-c": place("(2.1)", "book/c", "2.1"),
+            "ex-a": place("Exercise 1.1", "book/a", "1.1"),
+            "fig-a": place("Fig. 1.1", "book/a", "1.1"),
+            "ch-b": place("Chapter B", "book/b", "1"),
+            "ch-c": place("Chapter C", "book/c", "2"),
+            "clm-x": place("clm-x", "book/a"),
+            "book/c": place("Chapter C", "book/c", "2"),
+        },
+        notebooks=frozenset({"book/a", "book/c"}),
+        entries={
+            "pai2024masked": cited("Pai, D.", "Wu, Z.", "Ma, Y.", title="Masked"),
+            "ho": cited("Ho, J.", "Jain, A.", title="Noise"),
+        },
+        glued=iter(["12", "196"]),
+    )
+    notebook = notebooks.make_notebook(text_of_page, "Title", macros, links)
     nbformat.validate(notebook)
     code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
-    assert code[1:] == ["x = 1", "y = 2"]
+    assert code[1:] == ["x = 1", figure]
     assert 'pip install -e ".[book]"' in code[0]
     text = "\n".join(
         cell.source for cell in notebook.cells if cell.cell_type == "markdown"
     )
-    assert r"\def\RR{\mathbb{R}}" in text
-    assert r"\newcommand{\n}[1]{|#1|}" in text
-    assert "**Theorem (Name).**" in text
-    assert "[thm-a](#thm-a)" in text
-    assert "[the chapter](#ch-b)" in text
-    assert "[Chapter C](c.ipynb)" in text
-    assert '<a id="thm-a"></a>' in text
-    assert "$y$" in text
-    assert "{ref}`stays`" in text  # code is left alone
-    assert re.search(r"\$\$\s+x = y\s+\$\$", text)
+    for said in (
+        r"\def\RR{\mathbb{R}}",
+        r"\newcommand{\n}[1]{|#1|}",
+        "**Theorem 1.2 (Name).**",
+        "[Theorem 1.2](#thm-a)",
+        "[(1.1)](#eq-a), the chapter and\n",  # no notebook has that chapter
+        "[Pai et al. (2024)](#cite-pai2024masked); 12 of 196 tokens ([Ho and Jain, ",
+        "[Chapter C](c.ipynb#ch-c), [Chapter C](c.ipynb), all\nof them, ",
+        "[chapter 2](c.ipynb#ch-c) and [(2.1)](c.ipynb#eq-c); `f`",
+        "[a claim](#clm-x)",
+        "$y$",
+        "{ref}`stays`",  # code is left alone
+        '<a id="eq-b"></a>\n\n$$\nu = v\n\\tag{1.3}$$',
+        "**Exercise 1.1 (By hand).**",
+        "**Solution to** [Exercise 1.1](#ex-a)**.**",
+        "*Fig. 1.1: By [(1.3)](#eq-b).*",
+        '<a id="cite-ho"></a>J. Ho and A. Jain',
+    ):
+        assert said in text
+    for label in re.findall(r"\]\(#([\w-]+)\)", text):
+        assert text.count(f'<a id="{label}"></a>') == 1, label
+    assert re.search(r"\$\$\s+x = y\s+\\tag\{1.1\}\$\$", text)
     assert ":::" not in text
     assert "{prf:" not in text
+
+
+@pytest.mark.parametrize(
+    ("url", "hosts"),
+    [
+        ("", []),
+        ("https://example.org/a/b", []),
+        ("https://github.com/a/b.git", ["Colab", "Binder"]),
+    ],
+)
+def test_notebooks_open_elsewhere_once_the_project_has_an_address(
+    url: str, hosts: list[str]
+) -> None:
+    buttons = notebooks.launch_buttons(url, "book/c", "main", "pages")
+    assert [button["text"] for button in buttons] == hosts
+    assert all("/a/b/" in button["url"] for button in buttons)
+    needs = notebooks.make_notebook(page("x = 1"), "T", {}, url=url).cells[1].source
+    assert ("%pip" in needs) is bool(url)
 
 
 def test_notebook_is_repeatable() -> None:
