@@ -32,7 +32,7 @@ class StripedPatches:
 
 def photographs() -> list[Tensor]:
     """The two photographs of scikit-learn, a temple and a flower, each (3, 427, 640)
-    in [0, 1].  Book: :ref:`ch-heads`.
+    in [0, 1].  Book: :ref:`ch-tokens-heads`.
     """
     from sklearn.datasets import load_sample_image
 

@@ -4,7 +4,7 @@ and digits alone.
 Made from what scikit-learn ships (two photographs, handwritten digits), the same for
 the same seed.
 
-Book: :ref:`ch-heads`.
+Book: :ref:`ch-tokens-heads`.
 """
 
 from dataclasses import dataclass
@@ -64,7 +64,7 @@ def composites(
     ValueError
         For a count, size or place that is not accepted.
 
-    Book: :ref:`ch-heads`.
+    Book: :ref:`ch-tokens-heads`.
     """
     check_count(count, size)
     if place not in PLACES:
@@ -118,7 +118,7 @@ def digit_pictures(count: int, seed: int = 0, size: int = 32) -> Composites:
     the mask is where they are bright.  Raises ``ValueError`` for a count or size that
     :func:`composites` does not take.
 
-    Book: :ref:`ch-heads`.
+    Book: :ref:`ch-tokens-heads`.
     """
     check_count(count, size)
     digits = load_digit_images()

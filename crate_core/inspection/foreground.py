@@ -1,7 +1,7 @@
 r"""Do maps find the object?  Scores of maps against masks, and the choice of a head
 that does not fool itself.
 
-Book: :ref:`ch-heads`.
+Book: :ref:`ch-tokens-heads`.
 """
 
 import math
@@ -37,7 +37,7 @@ def keep_mass(maps: HeadMaps, share: float = ATTENTION_MASS) -> ObjectMaps:
     ValueError
         For negative maps or a share out of range.
 
-    Book: :ref:`ch-heads`.  The rule of :cite:t:`caron2021emerging`, with ties kept
+    Book: :ref:`ch-tokens-heads`.  The rule of :cite:t:`caron2021emerging`, with ties kept
     together.
     """
     if not 0 < share <= 1:
@@ -55,7 +55,7 @@ def keep_mass(maps: HeadMaps, share: float = ATTENTION_MASS) -> ObjectMaps:
 
 def intersection_over_union(predicted: ObjectMaps, mask: ObjectMask) -> PerMap:
     r"""Overlap of predicted masks (B, K, h, w) and the true one (B, h, w), :math:`|A
-    \cap B| / |A \cup B|`; 1 where both are empty.  Book: :ref:`ch-heads`.
+    \cap B| / |A \cup B|`; 1 where both are empty.  Book: :ref:`ch-tokens-heads`.
     """
     predicted, true = predicted.cpu(), mask.cpu()[:, None]
     common = (predicted & true).sum((-2, -1)).double()
@@ -65,7 +65,7 @@ def intersection_over_union(predicted: ObjectMaps, mask: ObjectMask) -> PerMap:
 
 def pointing_game(maps: HeadMaps, mask: ObjectMask) -> PerMap:
     """Is the map's highest place on the object?  1 or 0, and the share of the highest
-    places that are on it in case of a tie.  Book: :ref:`ch-heads`.
+    places that are on it in case of a tie.  Book: :ref:`ch-tokens-heads`.
     """
     maps, mask = maps.cpu(), mask.cpu()
     highest = maps == maps.amax((-2, -1), keepdim=True)
@@ -81,7 +81,7 @@ def area_under_curve(maps: HeadMaps, mask: ObjectMask) -> PerMap:
     .. math:: P(a_i > a_j) + \tfrac12 P(a_i = a_j), \qquad i \in \text{object},\ j \notin \text{object}.
 
     The area under the ROC curve: no threshold, and 0.5 by chance whatever the size of
-    the object.  Not a number where a mask is empty or full.  Book: :ref:`ch-heads`.
+    the object.  Not a number where a mask is empty or full.  Book: :ref:`ch-tokens-heads`.
     """
     batch, heads = maps.shape[:2]
     maps, mask = maps.cpu(), mask.cpu()
@@ -119,7 +119,7 @@ def foreground_scores(
     Raises ``ValueError`` for maps and masks of different size, negative maps, or a
     share out of range.
 
-    Book: :ref:`ch-heads`.
+    Book: :ref:`ch-tokens-heads`.
     """
     if maps.shape[:1] + maps.shape[2:] != mask.shape:
         raise ValueError(
@@ -175,7 +175,7 @@ def select_map(
     ValueError
         With fewer than two pictures, or a control of another shape.
 
-    Book: :ref:`ch-heads`.
+    Book: :ref:`ch-tokens-heads`.
     """
     batch = len(scores)
     if batch < 2:
@@ -210,7 +210,7 @@ def centre_blob(size: tuple[int, int], width: float = 0.25) -> Tensor:
     """A Gaussian bump (h, w) in the middle; ``width`` is its standard deviation as a
     share of each side, > 0.
 
-    Raises ``ValueError`` for a width that is not positive.  Book: :ref:`ch-heads`.
+    Raises ``ValueError`` for a width that is not positive.  Book: :ref:`ch-tokens-heads`.
     """
     if not width > 0:
         raise ValueError(f"width must be positive, got {width}")
@@ -227,7 +227,7 @@ def random_maps(
 ) -> HeadMaps:
     """Maps that know nothing: positive, blurred noise (B, K, h, w), summing to 1.
 
-    ``smoothness`` is the width of the blur in patches, > 0.  Book: :ref:`ch-heads`.
+    ``smoothness`` is the width of the blur in patches, > 0.  Book: :ref:`ch-tokens-heads`.
     """
     noise = torch.randn(batch, heads, *size, generator=generator)
     for axis in (-2, -1):
@@ -244,7 +244,7 @@ def patch_contrast(patches: Tensor, grid: tuple[int, int]) -> HeadMaps:
     patch from the picture's mean patch, and the deviation of pixels inside each patch,
     as two maps (B, 2, h, w) from patches (B, L, m).
 
-    Book: :ref:`ch-heads`.
+    Book: :ref:`ch-tokens-heads`.
     """
     distance = (patches - patches.mean(1, keepdim=True)).norm(dim=-1)
     return torch.stack([distance, patches.std(-1)], 1).unflatten(-1, grid)

@@ -1,6 +1,6 @@
 r"""Where the attention heads of an encoder look.
 
-Book: :ref:`ch-heads`.
+Book: :ref:`ch-tokens-heads`.
 """
 
 from dataclasses import dataclass
@@ -52,7 +52,7 @@ def attention_maps(
     ValueError
         For pictures of the wrong shape, or a layer that there is not.
 
-    Book: :ref:`ch-heads`.
+    Book: :ref:`ch-tokens-heads`.
     """
     depth = model.config.depth
     if not -depth <= layer < depth:
@@ -62,7 +62,7 @@ def attention_maps(
 
 def all_attention_maps(model: MaskedAutoencoder, images: Images) -> list[AttentionMaps]:
     """:func:`attention_maps` of every encoder layer, from one pass.  Book:
-    :ref:`ch-heads`.
+    :ref:`ch-tokens-heads`.
     """
     maps: list[list[AttentionMaps]] = []
     for some in images.split(PICTURES_AT_A_TIME):

@@ -4,7 +4,7 @@ self-contained HTML page.
 Everything stands beside the same network untrained, from several seeds.  The page holds
 no script and asks for nothing: pictures are inside it.
 
-Book: :ref:`ch-layer-by-layer`, :ref:`ch-tokens`, :ref:`ch-heads`.
+Book: :ref:`ch-layer-by-layer`, :ref:`ch-tokens-heads`.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,7 +1,7 @@
 r"""Pictures from tokens: decoding, blending the tokens of two pictures, swapping some
 of them.
 
-Book: :ref:`ch-tokens`.
+Book: :ref:`ch-tokens-heads`.
 """
 
 from collections.abc import Sequence
@@ -44,7 +44,7 @@ def decode_tokens(
     ValueError
         For a layer that there is not, or a model of normalised targets without ``like``.
 
-    Book: :ref:`ch-tokens`.
+    Book: :ref:`ch-tokens-heads`.
     """
     depth, size = model.config.depth, model.config.patch_size
     layer = depth if layer is None else layer
@@ -110,7 +110,7 @@ def interpolate_tokens(
     ValueError
         If there are not as many first as second pictures, or as :func:`trace_tokens` and :func:`decode_tokens` do.
 
-    Book: :ref:`ch-tokens`.
+    Book: :ref:`ch-tokens-heads`.
     """
     check_pairs(first, second)
     layer = model.config.depth if layer is None else layer
@@ -169,7 +169,7 @@ def swap_tokens(
     ValueError
         If there are not as many first as second pictures, or ``swapped`` has not one entry a patch.
 
-    Book: :ref:`ch-tokens`.
+    Book: :ref:`ch-tokens-heads`.
     """
     check_pairs(first, second)
     layer = model.config.depth if layer is None else layer

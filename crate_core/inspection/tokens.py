@@ -7,7 +7,7 @@ Everything here reads the named intermediates of
 CRATE-MAE and for the ViT-MAE baseline, trained in whatever way, and returns arrays;
 plotting is elsewhere.
 
-Book: :ref:`ch-tokens`.
+Book: :ref:`ch-tokens-heads`.
 """
 
 from dataclasses import dataclass
@@ -76,7 +76,7 @@ def trace_tokens(
     ValueError
         If there is no picture, for pictures or noise of the wrong shape, a ratio out of range, or one without noise.
 
-    Book: :ref:`ch-tokens`.
+    Book: :ref:`ch-tokens-heads`.
     """
     if len(images) == 0:
         raise ValueError("there is no picture to inspect")
@@ -170,7 +170,7 @@ def token_pca(tokens: Patches, components: int = 3) -> TokenPCA:
     ValueError
         For a number of components that there are not.
 
-    Book: :ref:`ch-tokens`.
+    Book: :ref:`ch-tokens-heads`.
     """
     flat = tokens.cpu().double().flatten(0, 1)
     if not 1 <= components <= min(flat.shape):
@@ -194,7 +194,7 @@ def signed_components(pca: TokenPCA, grid: tuple[int, int]) -> HeadMaps:
     lowest value of a map is 0.
 
     A component's sign says nothing about what is an object, so both are offered.  Book:
-    :ref:`ch-heads`.
+    :ref:`ch-tokens-heads`.
     """
     maps = pca.coordinates.mT.unflatten(-1, grid)
     both = torch.cat([maps, -maps], dim=1)
@@ -231,7 +231,7 @@ def midpoint_nonlinearity(
     ValueError
         If there are not as many first as second pictures, of the same size.
 
-    Book: :ref:`ch-tokens`.
+    Book: :ref:`ch-tokens-heads`.
     """
     check_pairs(first, second)
     one, two, middle = (

@@ -100,7 +100,7 @@ def upsample(maps: HeadMaps, size: tuple[int, int], smooth: bool = False) -> Pix
 
     By default each patch keeps its one value, since the model has no finer ones;
     ``smooth`` interpolates linearly between patch centres, which looks better and says
-    no more.  Book: :ref:`ch-heads`.
+    no more.  Book: :ref:`ch-tokens-heads`.
     """
     if not smooth:
         return F.interpolate(maps, size=size, mode="nearest")

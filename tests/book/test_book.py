@@ -72,14 +72,12 @@ OLD_CLAIMS = {
     "diffusion": 14,
     "evaluation": 10,
     "first_training": 9,
-    "heads": 7,
     "layer_by_layer": 18,
     "layers": 30,
     "open_questions": 17,
     "pretraining": 9,
     "structured_ode": 23,
     "ten_questions": 5,
-    "tokens": 12,
 }
 """How many claims of a chapter still refuse nothing: delete its line when it is
 rewritten.

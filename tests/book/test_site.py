@@ -185,7 +185,7 @@ SEARCHES = {
     "ImageNet": "pretraining",
     "notation": "notation",
     "layer by layer": "layer_by_layer",
-    "heads": "heads",
+    "heads": "tokens_and_heads",
 }
 
 
