@@ -43,13 +43,15 @@ def inputs() -> dict[str, Any]:
     """
     generator = torch.Generator().manual_seed(11)
     dim = HEADS * RANK
-    bases = random_bases(dim, HEADS, RANK, generator=generator)
-    codes = torch.randn(TOKENS, RANK, generator=generator).abs() / math.sqrt(RANK / 4)
-    codes = codes * (torch.rand(TOKENS, RANK, generator=generator) < 0.25)
+    # the same numbers whatever a chapter's default precision is
+    single: dict[str, Any] = {"generator": generator, "dtype": torch.float32}
+    bases = random_bases(dim, HEADS, RANK, **single)
+    codes = torch.randn(TOKENS, RANK, **single).abs() / math.sqrt(RANK / 4)
+    codes = codes * (torch.rand(TOKENS, RANK, **single) < 0.25)
     return {
         "bases": rounded(bases, 6),
         "codes": rounded(codes),
-        "noise": rounded(torch.randn(TOKENS, dim, generator=generator), 2),
+        "noise": rounded(torch.randn(TOKENS, dim, **single), 2),
         "layers": LAYERS,
         "eps": EPS,
         "scale": SCALE,

@@ -73,7 +73,6 @@ OLD_CLAIMS = {
     "evaluation": 10,
     "first_training": 9,
     "layer_by_layer": 18,
-    "layers": 30,
     "open_questions": 17,
     "pretraining": 9,
     "structured_ode": 23,
