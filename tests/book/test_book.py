@@ -69,7 +69,6 @@ def claims_written(page: str) -> int:
 OLD_CLAIMS = {
     "comparison": 9,
     "cost": 12,
-    "diffusion": 14,
     "evaluation": 10,
     "first_training": 9,
     "layer_by_layer": 18,

@@ -57,7 +57,6 @@ GREEK = [
 ]
 LEFT = {
     "coding_rate": {r"\delta", r"\mathcal R", "S"},
-    "diffusion": {"q"},
     "structured_ode": {r"\delta", "u"},
     "ista": {"S", "u"},
     "cost": {"N"},
@@ -66,7 +65,6 @@ LEFT = {
 LEFT_FIRST = 3
 LEFT_EARLY = {
     "coding_rate": {r"\alpha", r"\lambda", "D", "H", "r"},
-    "diffusion": {r"\lambda", "Y"},
     "structured_ode": {"Y"},
 }
 """Likewise, letters that mean something else later in the book."""
