@@ -283,10 +283,8 @@ def record_of(
     options: argparse.Namespace,
 ) -> dict[str, Any]:
     """Train (or reuse) and score one run; its scores are kept beside it."""
-    directory = (
-        options.runs
-        / f"{name.replace(',', '').replace(' ', '-')}-epochs-{options.epochs:g}-seed-{seed}"
-    )
+    word = name.replace(",", "").replace(" ", "-")
+    directory = options.runs / f"{word}-epochs-{options.epochs:g}-seed-{seed}"
     result = trained(configure(changes, seed, directory, options), directory)
     if options.weights:
         save_half(directory, options.weights / f"{name}-seed{seed}")

@@ -120,7 +120,8 @@ def main() -> None:
             )
         )
     print(
-        f"train loss {content['train_loss']}, held out {content['held_out_loss']}; written to {options.output}"
+        f"train loss {content['train_loss']}, held out "
+        f"{content['held_out_loss']}; written to {options.output}"
     )
 
 

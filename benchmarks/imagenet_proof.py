@@ -102,8 +102,10 @@ def main() -> None:
     options.output.parent.mkdir(parents=True, exist_ok=True)
     write_json(options.output, content)
     print(
-        f"{speed:.2f} pictures a second, {content['operations_per_second'] / 1e12:.3f} TFLOP/s, "
-        f"{content['peak_memory_bytes'] / 2**30:.2f} GiB; loss {log[0]['loss']:.3f} to {log[-1]['loss']:.3f}"
+        f"{speed:.2f} pictures a second, "
+        f"{content['operations_per_second'] / 1e12:.3f} TFLOP/s, "
+        f"{content['peak_memory_bytes'] / 2**30:.2f} GiB; loss "
+        f"{log[0]['loss']:.3f} to {log[-1]['loss']:.3f}"
     )
 
 

@@ -223,7 +223,8 @@ def main() -> None:
     write_json(options.output, content)
     for name, way in ways.items():
         print(
-            f"{name:40}{way['rate']['median']:9.0f} a second   {way.get('mean_difference', 0.0):.2f} of 255"
+            f"{name:40}{way['rate']['median']:9.0f} a second   "
+            f"{way.get('mean_difference', 0.0):.2f} of 255"
         )
     for name, way in small.items():
         print(f"32 pixels, {name:29}{way['median']:9.0f} a second")

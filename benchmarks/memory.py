@@ -102,7 +102,8 @@ def main() -> None:
         rows.append(row)
         kept = {name: row[name] / 2**20 for name in forwards}
         print(
-            f"{side:5d} px {patches:5d} patches: ours {kept['ours']:8.1f} MiB, plain {kept['plain']:8.1f} MiB"
+            f"{side:5d} px {patches:5d} patches: ours {kept['ours']:8.1f} MiB, "
+            f"plain {kept['plain']:8.1f} MiB"
         )
     record = {
         "dim": config.dim,

@@ -128,7 +128,8 @@ def main() -> None:
     }
     write_json(options.output, record)
     for name, form_record in record["forms"].items():  # type: ignore[attr-defined]
-        print(f"{name:28s} {form_record['seconds']:8.3f} s {form_record['speedup']:6.1f}x  "
+        print(f"{name:28s} {form_record['seconds']:8.3f} s "
+                f"{form_record['speedup']:6.1f}x  "
               f"relative error {form_record['relative_error']:.1e}")  # fmt: skip
 
 

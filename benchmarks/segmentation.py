@@ -188,7 +188,8 @@ def main() -> None:
     models = list(named_models(options.models, options.untrained_seeds))
     if not models:
         parser.error(
-            f"{options.models} holds no model; folders NAME-seedN with config.json are looked for"
+            f"{options.models} holds no model; folders NAME-seedN with "
+            "config.json are looked for"
         )
     config = models[0][2].config
     heads = config.depth * config.heads

@@ -429,9 +429,13 @@ def command(options: argparse.Namespace) -> str:
 
 def table(record: dict[str, Any]) -> str:
     """A record in lines."""
-    head = f"{record['size']}, {record['mode']}, {record['precision']}, batch {record['batch']}, clock {record['clock']}"
+    head = (
+        f"{record['size']}, {record['mode']}, {record['precision']}, batch "
+        f"{record['batch']}, clock {record['clock']}"
+    )
     lines = [
-        f"{head}; ceiling {record['ceilings']['operations_per_second'] / 1e9:.0f} GFLOP/s"
+        f"{head}; ceiling "
+        f"{record['ceilings']['operations_per_second'] / 1e9:.0f} GFLOP/s"
     ]
     for name, entry in record["contenders"].items():
         share = (
@@ -443,7 +447,8 @@ def table(record: dict[str, Any]) -> str:
             f"  {entry['peak_bytes'] / 2**30:.2f} GiB" if "peak_bytes" in entry else ""
         )
         lines.append(
-            f"  {name:32s} {entry['seconds']:8.4f} s {entry['images_per_second']:8.1f} images/s "
+            f"  {name:32s} {entry['seconds']:8.4f} s "
+            f"{entry['images_per_second']:8.1f} images/s "
             f"{entry['speedup']:6.2f}x {share}{memory}"
         )
     return "\n".join(lines)
@@ -484,7 +489,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.clock == "cpu" and torch.get_num_threads() != 1:
         parser.error(
-            "--clock cpu needs OMP_NUM_THREADS=1: threads that wait for each other count as work"
+            "--clock cpu needs OMP_NUM_THREADS=1: threads that wait for each "
+            "other count as work"
         )
     for size in options.sizes:
         for mode in options.modes:
@@ -496,7 +502,10 @@ def main() -> None:
                     if options.output.is_file()
                     else {}
                 )
-                name = f"{options.device} {size} {mode} {precision} batch {options.batch} {record['clock']}"
+                name = (
+                    f"{options.device} {size} {mode} {precision} batch "
+                    f"{options.batch} {record['clock']}"
+                )
                 write_json(options.output, {**known, name + options.suffix: record})
 
 

@@ -23,7 +23,9 @@ PROGRAMS = {
     "import crate_core": "import crate_core",
     "import torch, crate_core": "import torch, crate_core",
     "import torch, all names of crate_core": "import torch; from crate_core import *",
-    "crate --help": "import sys; from crate_core.cli import main; sys.exit(main(['--help']))",
+    "crate --help": (
+        "import sys; from crate_core.cli import main; sys.exit(main(['--help']))"
+    ),
 }
 
 

@@ -88,9 +88,12 @@ def components_record(
     return {
         name: [round(float(value), 4) for value in values]
         for name, values in (
-            ("explained", pca.explained), ("by_position", position), ("by_picture", picture), ("by_pixels", pixels)
+            ("explained", pca.explained),
+            ("by_position", position),
+            ("by_picture", picture),
+            ("by_pixels", pixels),
         )
-    }  # fmt: skip
+    }
 
 
 def record_of(model: MaskedAutoencoder, images: Tensor) -> dict[str, Any]:
@@ -153,11 +156,13 @@ def main() -> None:
             layer["entropy_rank"] for layer in record["spectrum_without_positions"]
         ]
         print(
-            f"{kind} {seed}: nonlinearity {record['nonlinearity']['mean']}, ranks {ranks}"
+            f"{kind} {seed}: nonlinearity {record['nonlinearity']['mean']}, "
+            f"ranks {ranks}"
         )
     if not records:
         parser.error(
-            f"{options.models} holds no model; folders NAME-seedN with config.json are looked for"
+            f"{options.models} holds no model; folders NAME-seedN with "
+            "config.json are looked for"
         )
     patches = patchify(images, model.config.patch_size)
     content = {

@@ -58,8 +58,8 @@ Predicate = Callable[[Any], bool]
 
 
 def plain(value: Any) -> Any:
-    """A value without its library: tensors and arrays of no dimension as Python numbers,
-    also inside mappings, lists and tuples; anything else as it is.
+    """A value without its library: tensors and arrays of no dimension as Python
+    numbers, also inside mappings, lists and tuples; anything else as it is.
     """
     if isinstance(value, Mapping):
         return {name: plain(part) for name, part in value.items()}
@@ -175,8 +175,8 @@ def check_claim(
         If the predicate does not hold for ``measured``, or holds for an alternative, or
         a part refuses no alternative alone.
     ValueError
-        If there is no alternative, one is malformed (see ``alternative_values``), or the
-        predicate raises or answers neither true nor false.
+        If there is no alternative, one is malformed (see ``alternative_values``), or
+        the predicate raises or answers neither true nor false.
 
     Book: :ref:`ch-ledger`.
     """

@@ -159,7 +159,8 @@ _PLAYER = """<div class="crate-player" id="{id}">
 <img alt="{alt}" src="{still}" width="{width}" style="max-width:100%;height:auto">
 <div class="crate-player-controls">
 <button type="button" aria-label="Play or pause the animation">&#9654; play</button>
-<input type="range" min="0" max="{last}" value="{start}" step="1" aria-label="Frame of the animation">
+<input type="range" min="0" max="{last}" value="{start}" step="1"
+ aria-label="Frame of the animation">
 <output aria-live="off">{label}</output>
 </div>
 <script>(function () {{
@@ -167,15 +168,24 @@ _PLAYER = """<div class="crate-player" id="{id}">
   const image = root.querySelector("img"), button = root.querySelector("button");
   const slider = root.querySelector("input"), output = root.querySelector("output");
   let timer = null;
-  function show(i) {{ image.src = frames[i]; output.textContent = labels[i]; slider.value = i; }}
-  function stop() {{ clearInterval(timer); timer = null; button.textContent = "\\u25B6 play"; }}
-  function next() {{ const i = Number(slider.value) + 1; if (i >= frames.length) stop(); else show(i); }}
+  function show(i) {{
+    image.src = frames[i]; output.textContent = labels[i]; slider.value = i;
+  }}
+  function stop() {{
+    clearInterval(timer); timer = null; button.textContent = "\\u25B6 play";
+  }}
+  function next() {{
+    const i = Number(slider.value) + 1;
+    if (i >= frames.length) stop(); else show(i);
+  }}
   button.addEventListener("click", function () {{
     if (timer !== null) {{ stop(); return; }}
     if (Number(slider.value) === frames.length - 1) show(0);
     button.textContent = "\\u23F8 pause"; timer = setInterval(next, {interval});
   }});
-  slider.addEventListener("input", function () {{ stop(); show(Number(slider.value)); }});
+  slider.addEventListener("input", function () {{
+    stop(); show(Number(slider.value));
+  }});
 }})();</script></div>"""
 
 

@@ -43,7 +43,7 @@ def build(root: Path = ROOT, extra: tuple[str, ...] = ()) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     all_ran = execute_book(root)
     print("All chapters have run; writing the pages.", flush=True)
-    # Warnings and errors come on stderr; what Jupyter Book says when it is done, we say.
+    # Warnings and errors come on stderr; what Jupyter Book says when it is done, we do.
     status = subprocess.run(
         command, cwd=root, stdout=subprocess.DEVNULL, check=False
     ).returncode
@@ -66,11 +66,13 @@ def main() -> int:
     seconds = time.monotonic() - start
     if status == 0:
         print(
-            f"The book is built ({seconds:.0f} s). Open {ROOT / '_build' / 'html' / 'index.html'}"
+            f"The book is built ({seconds:.0f} s). Open "
+            f"{ROOT / '_build' / 'html' / 'index.html'}"
         )
     else:
         print(
-            f"The book does not build ({seconds:.0f} s): the warnings above say why; the tracebacks of cells "
+            f"The book does not build ({seconds:.0f} s): the warnings above "
+            "say why; the tracebacks of cells "
             f"are in {ROOT / '_build' / 'html' / 'reports'}",
             file=sys.stderr,
         )

@@ -81,7 +81,9 @@ def kind_of(outputs: list[nodes.Node]) -> str:
 
 
 def name_of(outputs: list[nodes.Node], cell: nodes.Element) -> str:
-    """What tells a cell's fold from the others': the name of its figure, or its number."""
+    """What tells a cell's fold from the others': the name of its figure,
+    or its number.
+    """
     for node in outputs:
         for figure in node.findall(nodes.figure):
             names = figure["names"] or figure["ids"]

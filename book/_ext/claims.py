@@ -1,5 +1,5 @@
-"""What a claim of the book is, how it is read from a page's source and from its box, and
-what can be wrong with it.
+"""What a claim of the book is, how it is read from a page's source and from its box,
+and what can be wrong with it.
 
 `ledger` and `cells` (the Sphinx extensions) and the tests use this; it needs no Sphinx.
 """
@@ -21,7 +21,7 @@ KINDS = {
     "and the code that uses them can have mistakes",
     "symbolic": "computer algebra shows it exactly, for the case named",
     "numerical": "a cell or a test checks it on the cases named: evidence, not proof",
-    "counterexample": "what one might expect fails; the sentence says what is true instead",
+    "counterexample": "what one might expect fails; the sentence says what is true",
     "small scale": "seen with a small model and little data; large ones may differ",
     "not reproduced": "not checked here; the entry says what it would take",
 }
@@ -32,8 +32,8 @@ BOX = re.compile(r'<div class="claim [^>]*\bid="([^"]+)"[^>]*>')
 
 @dataclass(frozen=True)
 class Claim:
-    """One claim: what is said, when it holds, how it is known, where it stands, what its
-    check refuses, and the test or the results file that it rests on.
+    """One claim: what is said, when it holds, how it is known, where it stands, what
+    its check refuses, and the test or the results file that it rests on.
     """
 
     label: str
@@ -113,7 +113,9 @@ def read_boxes(as_html: str) -> list[tuple[str, dict]]:
 
 
 def code_of_check(call: ast.Call, code: str) -> str:
-    """What a call of `claim` asserts, its texts left out: ``measured = ...`` and so on."""
+    """What a call of `claim` asserts, its texts left out: ``measured =
+    ...`` and so on.
+    """
     lines = []
     for keyword in call.keywords:
         if keyword.arg not in CHECK:
@@ -131,7 +133,9 @@ def code_of_check(call: ast.Call, code: str) -> str:
 
 @dataclass(frozen=True)
 class Split:
-    """The code of a cell, taken apart: what it computes, and the checks of its claims."""
+    """The code of a cell, taken apart: what it computes, and the checks
+    of its claims.
+    """
 
     rest: str
     checks: dict[str, str]
@@ -141,8 +145,8 @@ def split_code(code: str, hidden: bool) -> Split:
     """Take the claims out of a cell's code.
 
     Each claim's check goes by its label.  If the rest is hidden, it goes with the check
-    of the first claim after it (what follows the last claim, with that), and the rest is
-    empty.
+    of the first claim after it (what follows the last claim, with that), and the rest
+    is empty.
     """
     source = code.split("\n")
     rest: list[str] = []
@@ -205,7 +209,8 @@ def read_claims(text: str, docname: str) -> tuple[list[Claim], list[str]]:
                 node = given.get(name)
                 if not (isinstance(node, ast.Constant) and isinstance(node.value, str)):
                     problems.append(
-                        f"cell {index}: claim(...): {name} must be given as a literal string"
+                        f"cell {index}: claim(...): {name} must be given as a "
+                        "literal string"
                     )
                 else:
                     values[name] = node.value
@@ -223,7 +228,8 @@ def check_claim(claim: Claim, boxes: Counter[str], root: Path) -> list[str]:
         )
     if not re.fullmatch(r"clm-[a-z0-9-]+", claim.label):
         problems.append(
-            f"{claim.label}: a label is clm-<chapter>-<what>, in small letters, digits and hyphens"
+            f"{claim.label}: a label is clm-<chapter>-<what>, in small "
+            "letters, digits and hyphens"
         )
     if claim.recorded and not (root / claim.recorded).is_file():
         problems.append(f"{claim.label}: there is no file {claim.recorded}")
@@ -232,14 +238,17 @@ def check_claim(claim: Claim, boxes: Counter[str], root: Path) -> list[str]:
             problems.append(f"{claim.label}: there is no test {claim.test}")
     elif boxes[claim.label] != 1:
         problems.append(
-            f"{claim.label}: its box is {boxes[claim.label]} times among the outputs of the page, not once: "
+            f"{claim.label}: its box is {boxes[claim.label]} times among the "
+            "outputs of the page, not once: "
             "the cell did not run to it, ran it in a loop, or hides its output"
         )
     return problems
 
 
 def test_exists(test: str, root: Path) -> bool:
-    """Whether `tests/test_x.py::test_y` (or `::TestX::test_y`) names a test function."""
+    """Whether `tests/test_x.py::test_y` (or `::TestX::test_y`) names a
+    test function.
+    """
     path, *names = test.split("::")
     if not names or not (root / path).is_file():
         return False

@@ -78,7 +78,9 @@ class Package:
         return names
 
     def exports(self) -> dict[str, str]:
-        """Name re-exported by `__init__.py` -> full name of the module it comes from."""
+        """Name re-exported by `__init__.py` -> full name of the module
+        it comes from.
+        """
         init = self.folder / "__init__.py"
         if not init.is_file():
             return {}

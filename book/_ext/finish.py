@@ -29,7 +29,8 @@ DRAWN_AT = 110.0
 dense screens and paper show."""
 
 PALETTE_ERROR = 1.5
-"""Largest root mean square error, in levels of 255, that a palette may cost a picture."""
+"""Largest root mean square error, in levels of 255, that a palette may cost a picture.
+"""
 
 EDGES = """
 (function () {
@@ -53,7 +54,8 @@ EDGES = """
   });
 })();
 """
-"""Marks boxes that scroll sideways, for `book.css` to show at which edge there is more."""
+"""Marks boxes that scroll sideways, for `book.css` to show at which edge there is more.
+"""
 
 ICON = re.compile(
     r'[{,]"?([a-z0-9-]+)"?:\[(\d+),(\d+),\[[^\]]*\],"[0-9a-f]+",("[^"]*"|\[[^\]]*\])\]'
@@ -85,7 +87,9 @@ def icon_paths(script: str) -> dict[str, tuple[int, int, str]]:
 
 
 def with_icons(page: str, paths: dict[str, tuple[int, int, str]]) -> str:
-    """The page with each `<i class="fa-solid fa-NAME">` drawn, and without the script."""
+    """The page with each `<i class="fa-solid fa-NAME">` drawn, and
+    without the script.
+    """
 
     def drawn(match: re.Match[str]) -> str:
         classes, rest = match[1], match[2]
@@ -95,7 +99,8 @@ def with_icons(page: str, paths: dict[str, tuple[int, int, str]]) -> str:
             return match[0]
         width, height, path = paths[name]
         return (
-            f'<svg class="svg-inline--fa {classes}"{rest} viewBox="0 0 {width} {height}" '
+            f'<svg class="svg-inline--fa {classes}"{rest} viewBox="0 0 {width} '
+            f'{height}" '
             'aria-hidden="true" focusable="false" xmlns="http://www.w3.org/2000/svg">'
             f'<path fill="currentColor" d="{path}"></path></svg>'
         )

@@ -242,7 +242,9 @@ def reading_order(env: BuildEnvironment) -> list[str]:
 
 
 def collect(app: Sphinx, doctree: nodes.document) -> None:
-    """After a page is read and executed: its claims, and whether their boxes are there."""
+    """After a page is read and executed: its claims, and whether their
+    boxes are there.
+    """
     docname, kept = app.env.docname, store(app.env)
     text = Path(app.env.doc2path(docname)).read_text(encoding="utf8")
     claims, problems = read_claims(text, docname) if is_notebook(text) else ([], [])
@@ -358,8 +360,8 @@ def filters(counts: Counter[str]) -> str:
 
 
 def ledger_row(claim: Claim, uri: str) -> list[nodes.Element]:
-    """A claim's cells: the sentence with its kind and its place, the check, and what the
-    check refuses.
+    """A claim's cells: the sentence with its kind and its place, the check, and what
+    the check refuses.
     """
     sentence = nodes.paragraph("", "", kind_node(claim.kind), nodes.Text(" "))
     sentence += inline_nodes(claim.statement)

@@ -1,9 +1,9 @@
 """Sphinx extension: a search that finds sections, theorems and claims, best first, with
 the words found.
 
-When the site is built, every page is cut into records (chapter, section, theorem, claim,
-entry of the package's reference), written as a script that also loads from a disk; the
-search page ranks them (site_search.js).
+When the site is built, every page is cut into records (chapter, section, theorem,
+claim, entry of the package's reference), written as a script that also loads from a
+disk; the search page ranks them (site_search.js).
 """
 
 import json
@@ -32,7 +32,9 @@ def plain(text: str) -> str:
 
 
 def own_text(section: Tag) -> str:
-    """A section's text without its title, its subsections and what has records of its own."""
+    """A section's text without its title, its subsections and what has records of its
+    own.
+    """
     parts = []
     for child in section.find_all(True, recursive=False):
         if child.name in ("section", "h1", "h2", "h3", "h4"):
@@ -53,7 +55,9 @@ def heading(section: Tag) -> str:
 def records(
     html: str, address: str, reference: bool = False
 ) -> Iterator[dict[str, str]]:
-    """The records of a page: title `t`, chapter `c`, kind `k`, address `u`, text `x`."""
+    """The records of a page: title `t`, chapter `c`, kind `k`, address
+    `u`, text `x`.
+    """
     article = BeautifulSoup(html, "html.parser").select_one("article.bd-article")
     if article is None or (top := article.select_one("section")) is None:
         return

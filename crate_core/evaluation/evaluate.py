@@ -45,7 +45,8 @@ def run_data(checkpoint: str | Path) -> tuple[str, str]:
     record = Path(checkpoint) / RUN_FILE
     if not record.is_file():
         raise ValueError(
-            f"{checkpoint} has no {RUN_FILE} that says what it was trained on: give --data"
+            f"{checkpoint} has no {RUN_FILE} that says what it was trained on: "
+            "give --data"
         )
     owner = json.loads(record.read_text(encoding="utf8"))
     spec, root = owner["config"]["data"], owner["config"]["data_root"]
@@ -104,14 +105,16 @@ def evaluate(
 
     Returns
     -------
-    A record ready for JSON: ``linear_probe``, ``neighbours`` ({row: {column: mean, std, accuracies}}), ``fine_tuning``
-    and ``reconstruction``, each ``None`` or empty where it was left out or there are no labels; counts, ``seconds`` of
-    each part, and provenance.
+    A record ready for JSON: ``linear_probe``, ``neighbours`` ({row: {column: mean, std,
+    accuracies}}), ``fine_tuning`` and ``reconstruction``, each ``None`` or empty where
+    it was left out or there are no labels; counts, ``seconds`` of each part, and
+    provenance.
 
     Raises
     ------
     FileNotFoundError, ValueError
-        If checkpoint or data are not there or cannot be used, or fine-tuning is asked for without labels.
+        If checkpoint or data are not there or cannot be used, or fine-tuning is asked
+        for without labels.
 
     Book: :ref:`ch-evaluation`.
     """
@@ -259,7 +262,10 @@ def table(record: dict[str, Any]) -> list[str]:
     """The record of :func:`evaluate` in lines of text."""
     lines = [record["description"]]
     judged = (record["labelled"] or record)["held_out"]
-    over = f"accuracy in % on {judged:,} held-out pictures, mean and standard deviation over "
+    over = (
+        f"accuracy in % on {judged:,} held-out pictures, mean and standard "
+        "deviation over "
+    )
     over += f"{len(record['seeds'])} seeds"
     rows: dict[str, dict[str, Any]] = {}
     for part in ("linear_probe", "neighbours"):
@@ -279,7 +285,8 @@ def table(record: dict[str, Any]) -> list[str]:
     if record["reconstruction"]:
         lines.append("reconstruction of removed patches by masking ratio")
         lines.append(
-            f"  {'masking ratio':28}{'loss':>10}{'PSNR, dB':>12}{'of the mean picture':>24}"
+            f"  {'masking ratio':28}{'loss':>10}{'PSNR, dB':>12}"
+            f"{'of the mean picture':>24}"
         )
     for score in record["reconstruction"]:
         lines.append(

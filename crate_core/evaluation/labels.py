@@ -19,7 +19,8 @@ def few_labels(labels: np.ndarray, per_class: int, seed: int) -> np.ndarray:
         members = np.flatnonzero(labels == label)
         if len(members) < per_class:
             raise ValueError(
-                f"class {label} has {len(members)} training pictures, {per_class} labels a class are asked"
+                f"class {label} has {len(members)} training pictures, "
+                f"{per_class} labels a class are asked"
             )
         chosen.append(generator.choice(members, per_class, replace=False))
     return np.sort(np.concatenate(chosen))
@@ -35,11 +36,13 @@ def class_count(data: ImageData) -> int:
     for part, labels in parts.items():
         if labels is None:
             raise ValueError(
-                f"labels are needed (class folders, or a label column); these {part} pictures have none"
+                "labels are needed (class folders, or a label column); these "
+                f"{part} pictures have none"
             )
         if len(labels) and labels.min() < 0:
             raise ValueError(
-                f"label {labels.min()} of a {part} picture: classes are counted from 0, none may be missing"
+                f"label {labels.min()} of a {part} picture: classes are "
+                "counted from 0, none may be missing"
             )
     train, held_out = (
         np.unique(labels) for labels in parts.values() if labels is not None
@@ -51,13 +54,15 @@ def class_count(data: ImageData) -> int:
         first = strange[0]
         such = data.classes[first] if first < len(data.classes) else first
         raise ValueError(
-            f"held-out pictures have {len(strange)} classes that no training picture has, such as {such}: "
+            f"held-out pictures have {len(strange)} classes that no training "
+            f"picture has, such as {such}: "
             f"{len(held_out)} classes held out, {len(train)} to train on"
         )
     named = len(data.classes)
     if named and train[-1] >= named:
         raise ValueError(
-            f"label {train[-1]} is out of range: the data names {named} classes, counted from 0"
+            f"label {train[-1]} is out of range: the data names {named} "
+            "classes, counted from 0"
         )
     return max(named, int(train[-1]) + 1)
 
@@ -69,11 +74,13 @@ def require_probe_labels(data: ImageData, labels_per_class: int) -> None:
     class_count(data)
     if labels_per_class < 2:
         raise ValueError(
-            f"labels_per_class={labels_per_class}: at least 2 are needed, one to fit and one to validate"
+            f"labels_per_class={labels_per_class}: at least 2 are needed, one "
+            "to fit and one to validate"
         )
     classes, counts = np.unique(np.asarray(data.train.labels), return_counts=True)
     if counts.min() < labels_per_class:
         rare = int(classes[counts.argmin()])
         raise ValueError(
-            f"class {rare} has {counts.min()} training pictures, labels_per_class={labels_per_class}"
+            f"class {rare} has {counts.min()} training pictures, "
+            f"labels_per_class={labels_per_class}"
         )

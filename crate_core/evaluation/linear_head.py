@@ -55,7 +55,8 @@ class LinearHeadConfig:
             raise ValueError(f"optimizer={self.optimizer!r}: accepted are lars, sgd")
         if not 0 < self.validation_share < 1:
             raise ValueError(
-                f"validation_share={self.validation_share}: accepted is above 0, below 1"
+                f"validation_share={self.validation_share}: accepted is above "
+                "0, below 1"
             )
         if not 0 <= self.momentum < 1 or self.weight_decay < 0:
             raise ValueError(
@@ -191,7 +192,8 @@ def fit_linear_head(
     r"""A linear classifier on features, its learning rate chosen on training pictures
     that it was not fitted on, then fitted on all.
 
-    .. math:: \min_{W, b}\ \frac1n \sum_i -\log \mathrm{softmax}(W\, \mathrm{BN}(x_i) + b)_{y_i}
+    .. math:: \min_{W, b}\ \frac1n \sum_i -\log \mathrm{softmax}(W\, \mathrm{BN}(x_i) +
+              b)_{y_i}
 
     Memory is one batch of features, (d + classes) numbers a row, and three copies of W;
     the features may be a memory map of any length.

@@ -36,7 +36,8 @@ def neighbour_votes(
 ) -> np.ndarray:
     r"""Votes (m, classes) of the k nearest training rows for each test row,
 
-    .. math:: v_c(x) = \sum_{i \in \mathcal N_k(x)} \mathbb 1[y_i = c]\, \exp\big(\cos(x, x_i) / \tau\big),
+    .. math:: v_c(x) = \sum_{i \in \mathcal N_k(x)} \mathbb 1[y_i = c]\,
+              \exp\big(\cos(x, x_i) / \tau\big),
 
     nearest by cosine; scaled so that the nearest has weight one, which changes no
     winner.
@@ -57,14 +58,16 @@ def neighbour_votes(
     Raises
     ------
     ValueError
-        If k or tau is out of range, there is no training row, or labels and features do not fit.
+        If k or tau is out of range, there is no training row, or labels and features do
+        not fit.
 
     Book: :ref:`ch-evaluation`.  The weighted vote of Wu et al. (2018), as in DINO's
     evaluation (Caron et al., 2021).
     """
     if neighbours < 1 or not temperature > 0:
         raise ValueError(
-            f"neighbours={neighbours}, temperature={temperature}: accepted are 1 or more, and above 0"
+            f"neighbours={neighbours}, temperature={temperature}: accepted are "
+            "1 or more, and above 0"
         )
     if (
         len(train) == 0
@@ -73,7 +76,8 @@ def neighbour_votes(
         or labels.max() >= classes
     ):
         raise ValueError(
-            f"{len(labels)} labels for {len(train)} rows: one is needed for each, in 0 to {classes - 1}, and one row"
+            f"{len(labels)} labels for {len(train)} rows: one is needed for "
+            f"each, in 0 to {classes - 1}, and one row"
         )
     k = min(neighbours, len(train))
     targets = torch.from_numpy(labels)

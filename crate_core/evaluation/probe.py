@@ -70,7 +70,8 @@ def fit_probe(
     r"""Fit a linear probe, its regularisation chosen on a validation split of the very
     pictures it may fit on.
 
-    .. math:: \min_{W, b}\ \tfrac12 \|W\|_F^2 + C \sum_i -\log \mathrm{softmax}(W x_i + b)_{y_i},
+    .. math:: \min_{W, b}\ \tfrac12 \|W\|_F^2 + C \sum_i -\log \mathrm{softmax}(W x_i +
+              b)_{y_i},
 
     C from ``INVERSE_REGULARIZATION`` by mean accuracy over stratified splits (a fifth
     held back; two fifths, ten times, where there are at most 500 labels; of
@@ -121,9 +122,13 @@ def fit_probe(
 
 
 def probe_accuracy(
-    train: np.ndarray, train_labels: np.ndarray, test: np.ndarray, test_labels: np.ndarray, seed: int,
+    train: np.ndarray,
+    train_labels: np.ndarray,
+    test: np.ndarray,
+    test_labels: np.ndarray,
+    seed: int,
     labels_per_class: int | None = None,
-) -> float:  # fmt: skip
+) -> float:
     """Held-out accuracy in [0, 1] of :func:`fit_probe` on all labels, or on a few of
     each class drawn with ``seed``.
     """

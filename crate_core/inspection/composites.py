@@ -136,7 +136,9 @@ def digit_pictures(count: int, seed: int = 0, size: int = 32) -> Composites:
 
 
 def check_count(count: int, size: int) -> None:
-    """``ValueError`` unless there is a picture to make, large enough to hold an object."""
+    """``ValueError`` unless there is a picture to make, large enough to
+    hold an object.
+    """
     if count < 1 or size < 16:
         raise ValueError(
             f"composites need count >= 1 and size >= 16, got {count} and {size}"

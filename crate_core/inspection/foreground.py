@@ -21,7 +21,8 @@ attention maps.
 def keep_mass(maps: HeadMaps, share: float = ATTENTION_MASS) -> ObjectMaps:
     r"""The smallest set of places that holds at least ``share`` of a map's mass,
 
-    .. math:: \{j : a_j \ge \tau\}, \qquad \tau = \max\Big\{\tau : \sum_{a_j \ge \tau} a_j \ge
+    .. math:: \{j : a_j \ge \tau\}, \qquad \tau = \max\Big\{\tau : \sum_{a_j \ge \tau}
+              a_j \ge
               \text{share} \cdot \sum_j a_j\Big\}.
 
     Equal values are kept or left together, so a map that is the same everywhere keeps
@@ -78,7 +79,8 @@ def area_under_curve(maps: HeadMaps, mask: ObjectMask) -> PerMap:
     r"""Probability that a place on the object has a higher value than one beside it,
     equal values counting half,
 
-    .. math:: P(a_i > a_j) + \tfrac12 P(a_i = a_j), \qquad i \in \text{object},\ j \notin \text{object}.
+    .. math:: P(a_i > a_j) + \tfrac12 P(a_i = a_j), \qquad i \in \text{object},\ j
+              \notin \text{object}.
 
     The area under the ROC curve: no threshold, and 0.5 by chance whatever the size of
     the object.  Not a number where a mask is empty or full.  Book: :ref:`ch-tokens-heads`.
@@ -123,7 +125,8 @@ def foreground_scores(
     """
     if maps.shape[:1] + maps.shape[2:] != mask.shape:
         raise ValueError(
-            f"maps {tuple(maps.shape)} and masks {tuple(mask.shape)} must agree in all but the heads"
+            f"maps {tuple(maps.shape)} and masks {tuple(mask.shape)} must "
+            "agree in all but the heads"
         )
     return ForegroundScores(
         intersection_over_union(keep_mass(maps, share), mask),
@@ -185,7 +188,8 @@ def select_map(
     reported = scores if control is None else control
     if reported.shape != scores.shape:
         raise ValueError(
-            f"control must be {tuple(scores.shape)} like the scores, got {tuple(reported.shape)}"
+            f"control must be {tuple(scores.shape)} like the scores, got "
+            f"{tuple(reported.shape)}"
         )
     order = torch.randperm(batch, generator=torch.Generator().manual_seed(seed))
     halves = order[: batch // 2], order[batch // 2 :]

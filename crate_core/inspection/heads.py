@@ -35,7 +35,8 @@ def attention_maps(
     r"""Attention of one encoder layer, head by head, over the patches of unmasked
     pictures,
 
-    .. math:: \text{class token:}\ (A_k)_{0j}, \qquad \text{mean token:}\ \tfrac1L \sum_{i \ge 1} (A_k)_{ij},
+    .. math:: \text{class token:}\ (A_k)_{0j}, \qquad \text{mean token:}\ \tfrac1L
+              \sum_{i \ge 1} (A_k)_{ij},
               \qquad j = 1, \dots, L.
 
     Each map sums to at most 1; what is missing went to the class token.

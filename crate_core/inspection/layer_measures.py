@@ -53,7 +53,8 @@ DIRECTIONS_EPS = 0.1
 
 
 Array = TypeVar("Array")
-"""Tensors (B,) of one layer and batch while measuring, arrays (pictures, layers) after."""
+"""Tensors (B,) of one layer and batch while measuring, arrays (pictures, layers) after.
+"""
 
 Part = TypeVar("Part")
 
@@ -193,7 +194,8 @@ def attention_parts(layer: nn.Module) -> AttentionParts:
         return AttentionParts(layer.norm_attention, attention, attention.bases, written)
     if not (hasattr(layer, "norm1") and hasattr(layer, "attn")):
         raise ValueError(
-            f"a layer of CRATE-MAE or a transformer block of timm is needed, got {type(layer).__name__}"
+            "a layer of CRATE-MAE or a transformer block of timm is needed, "
+            f"got {type(layer).__name__}"
         )
     block = cast(Any, layer)
     heads = block.attn.num_heads
@@ -239,8 +241,10 @@ def residual_direction(z: Tokens, bases: Bases) -> Tokens:
 def direction_rate(z: Tokens, bases: Bases) -> Scalars:
     r"""The authors' published measure of :math:`R^c`: head coordinates of norm one,
 
-    .. math:: \tfrac12 \sum_k \log\det\Big(I + \frac{p}{n \varepsilon^2} \hat V_k \hat V_k^\top\Big), \qquad
-              \hat v_{ki} = \frac{U_k^\top z_i}{\|U_k^\top z_i\|}, \quad \varepsilon = 0.1 .
+    .. math:: \tfrac12 \sum_k \log\det\Big(I + \frac{p}{n \varepsilon^2} \hat V_k \hat
+              V_k^\top\Big), \qquad
+              \hat v_{ki} = \frac{U_k^\top z_i}{\|U_k^\top z_i\|}, \quad \varepsilon =
+              0.1 .
 
     It sees how parallel tokens are inside each head, and neither how long they are nor
     which head holds them.

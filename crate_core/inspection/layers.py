@@ -46,7 +46,9 @@ from crate_core.theory.rate import check_eps
 
 @dataclass(frozen=True)
 class PooledRanks:
-    """Effective ranks of all pictures' tokens together, standardised, arrays (L + 1,)."""
+    """Effective ranks of all pictures' tokens together, standardised,
+    arrays (L + 1,).
+    """
 
     participation: np.ndarray
     entropy: np.ndarray
@@ -275,7 +277,8 @@ def partner_scores(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     depth = matrix.shape[1]
     if matrix.shape[2] != depth or depth < 2:
         raise ValueError(
-            f"partners need as many decoder as encoder layers, two or more, got {matrix.shape[1:]}"
+            "partners need as many decoder as encoder layers, two or more, "
+            f"got {matrix.shape[1:]}"
         )
     rows = np.arange(depth)
     partners = matrix[:, rows, depth - 1 - rows]

@@ -17,10 +17,13 @@ from crate_core.theory.rate import check_tokens
 
 
 def check_vectors(z: TokenVectors) -> None:
-    """Raise ``ValueError`` unless z are floating-point vectors of at least two entries."""
+    """Raise ``ValueError`` unless z are floating-point vectors of at least
+    two entries.
+    """
     if z.ndim < 1 or z.shape[-1] < 2 or not z.is_floating_point():
         raise ValueError(
-            f"vectors must be floating point, (..., d) with d >= 2, got {z.dtype} {tuple(z.shape)}"
+            "vectors must be floating point, (..., d) with d >= 2, got "
+            f"{z.dtype} {tuple(z.shape)}"
         )
 
 
@@ -86,7 +89,8 @@ def gini(z: TokenVectors) -> PerToken:
     r"""Gini index of the magnitudes sorted upwards, :math:`|z|_{(1)} \le \dots \le
     |z|_{(d)}`,
 
-    .. math:: 1 - \frac{2}{d} \sum_{i=1}^{d} \frac{|z|_{(i)}}{\|z\|_1}\,\big(d - i + \tfrac12\big),
+    .. math:: 1 - \frac{2}{d} \sum_{i=1}^{d} \frac{|z|_{(i)}}{\|z\|_1}\,\big(d - i +
+              \tfrac12\big),
 
     0 when all magnitudes are equal, 1 - 1/d for a single nonzero entry; :math:`\sqrt2 -
     1 = 0.41` for Gaussian entries and large d.  The zero vector counts as 1.
@@ -233,7 +237,8 @@ def orthonormal_bases(bases: Bases) -> Bases:
     """
     if bases.shape[2] > bases.shape[1]:
         raise ValueError(
-            f"{bases.shape[2]} vectors in {bases.shape[1]} dimensions cannot be orthonormal"
+            f"{bases.shape[2]} vectors in {bases.shape[1]} dimensions cannot "
+            "be orthonormal"
         )
     return torch.linalg.qr(bases).Q
 
@@ -274,7 +279,8 @@ def subspace_cosines(bases: Bases) -> Tensor:
 def gram_defect(matrix: Tensor) -> Scalars:
     r"""How far the columns of a matrix are from orthonormal at their best common scale,
 
-    .. math:: \min_c \frac{\|c\,A^\top A - I\|_F}{\sqrt m}, \qquad A \in \mathbb{R}^{d \times m}.
+    .. math:: \min_c \frac{\|c\,A^\top A - I\|_F}{\sqrt m}, \qquad A \in \mathbb{R}^{d
+              \times m}.
 
     0 for orthogonal columns of equal length; :math:`\sqrt{m/(d + m)}` in the limit for
     independent Gaussian entries.

@@ -52,7 +52,8 @@ def shipped_pictures(config: FrameConfig, count: int = 32) -> Images:
         return some_pictures(digits().held_out, config, count)
     if config.channels != 3:
         raise ValueError(
-            f"no pictures of {config.channels} channels are at hand: give some with --images or --data"
+            f"no pictures of {config.channels} channels are at hand: give some "
+            "with --images or --data"
         )
     from sklearn.datasets import load_sample_images
 
@@ -135,12 +136,14 @@ def inspection_report(
     described: list[tuple[str, str]] = [
         (
             "model",
-            f"{config.model_type}, {sum(p.numel() for p in model.parameters()):,} parameters",
+            f"{config.model_type}, "
+            f"{sum(p.numel() for p in model.parameters()):,} parameters",
         ),
         ("layers, width, heads", f"{config.depth}, {config.dim}, {config.heads}"),
         (
             "pictures",
-            f"{len(images)} of {images.shape[2]} x {images.shape[3]} pixels, {images.shape[1]} channels",
+            f"{len(images)} of {images.shape[2]} x {images.shape[3]} pixels, "
+            f"{images.shape[1]} channels",
         ),
         ("eps", f"{eps:g} of the tokens' norm"),
         ("untrained controls", f"{len(seeds)} seeds"),

@@ -48,7 +48,8 @@ def linear_readout(
     Returns
     -------
     array (L + 1,)
-        For the embedding and the output of each layer; at most 1, below 0 where the fit does not carry over.
+        For the embedding and the output of each layer; at most 1, below 0 where the fit
+        does not carry over.
 
     Raises
     ------

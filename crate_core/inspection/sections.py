@@ -58,7 +58,10 @@ def falls(values: np.ndarray) -> str:
     layers).
     """
     changes = np.diff(values.mean(axis=0))
-    return f"falls in {int((changes < 0).sum())} of {len(changes)} steps from layer to layer"
+    return (
+        f"falls in {int((changes < 0).sum())} of {len(changes)} steps from layer "
+        "to layer"
+    )
 
 
 def _untrained(
@@ -79,7 +82,8 @@ def _steps_inside(weights: WeightInspection) -> str:
         for multiple in (1, 2)
     ]
     return (
-        f" The largest eigenvalue of D^T D is below 1/eta in {inside[0]} and below 2/eta in {inside[1]} of "
+        f" The largest eigenvalue of D^T D is below 1/eta in {inside[0]} and "
+        f"below 2/eta in {inside[1]} of "
         f"{len(weights.dictionary_norm)} layers."
     )
 
@@ -87,9 +91,15 @@ def _steps_inside(weights: WeightInspection) -> str:
 def _partners(scores: np.ndarray) -> str:
     """The mean score of partners beside that of other decoder layers, in words."""
     if scores.shape[1] != scores.shape[2] or scores.shape[1] < 2:
-        return "The decoder is not as deep as the encoder, so that layers have no partners."
+        return (
+            "The decoder is not as deep as the encoder, so that layers have no "
+            "partners."
+        )
     partners, others = partner_scores(scores)
-    return f"Partners {partners.mean():+.2f}, other decoder layers {others.mean():+.2f}. An inverse has 1."
+    return (
+        f"Partners {partners.mean():+.2f}, other decoder layers "
+        f"{others.mean():+.2f}. An inverse has 1."
+    )
 
 
 def layer_sections(
@@ -108,15 +118,21 @@ def layer_sections(
     sections = [
         Section(
             "Coding rates",
-            "R says how much the tokens span, R^c how much they need inside the heads' subspaces; both in tokens of "
-            f"root mean square norm one, error allowed per token {model.eps:g} of that norm. The theory: R^c falls "
-            "from layer to layer, and each attention half-step lowers it. Falling R^c alone does not show denoising: "
+            "R says how much the tokens span, R^c how much they need inside "
+            "the heads' subspaces; both in tokens of "
+            f"root mean square norm one, error allowed per token {model.eps:g} "
+            "of that norm. The theory: R^c falls "
+            "from layer to layer, and each attention half-step lowers it. "
+            "Falling R^c alone does not show denoising: "
             "tokens that are all alike have little of it too.",
-            f"R^c in the orthonormalised subspaces {falls(model.layers.attended.orthonormal)}; untrained, it "
-            f"{falls(untrained_rate)}. The half-step lowers R^c in {int((half_step.mean(axis=0) < 0).sum())} of "
+            "R^c in the orthonormalised subspaces "
+            f"{falls(model.layers.attended.orthonormal)}; untrained, it "
+            f"{falls(untrained_rate)}. The half-step lowers R^c in "
+            f"{int((half_step.mean(axis=0) < 0).sum())} of "
             f"{half_step.shape[1]} layers.",
             figures.rate_curves(model, controls),
-            "Four line charts over layers, this model beside the untrained range: R, R^c, the change of R^c by the "
+            "Four line charts over layers, this model beside the untrained "
+            "range: R, R^c, the change of R^c by the "
             "attention half-step, and the published measure.",
             (
                 ("R", model.layers.attended.total.mean(axis=0)),
@@ -132,11 +148,16 @@ def layer_sections(
         ),
         Section(
             "Sparsity",
-            "Share of nonzero entries, and two measures that do not depend on a threshold: Hoyer and Gini, 0 for equal "
-            "entries and 1 for a single one. Dotted: entries drawn from a Gaussian. A ReLU alone makes about half the "
+            "Share of nonzero entries, and two measures that do not depend on "
+            "a threshold: Hoyer and Gini, 0 for equal "
+            "entries and 1 for a single one. Dotted: entries drawn from a "
+            "Gaussian. A ReLU alone makes about half the "
             "entries zero.",
-            f"After the last layer {model.between.nonzeros.mean(axis=0)[-1]:.0%} of the entries are nonzero, untrained "
-            f"{_untrained(controls, lambda r: r.between.nonzeros)[-1]:.0%}; Gini {model.between.gini.mean(axis=0)[-1]:.2f}, untrained "
+            "After the last layer "
+            f"{model.between.nonzeros.mean(axis=0)[-1]:.0%} of the entries are "
+            "nonzero, untrained "
+            f"{_untrained(controls, lambda r: r.between.nonzeros)[-1]:.0%}; "
+            f"Gini {model.between.gini.mean(axis=0)[-1]:.2f}, untrained "
             f"{_untrained(controls, lambda r: r.between.gini)[-1]:.2f}.",
             figures.between_layers(
                 model,
@@ -148,7 +169,8 @@ def layer_sections(
                 ],
                 [1.0, 1 - math.sqrt(2 / math.pi), math.sqrt(2) - 1],
             ),
-            "Three line charts over layers: share of nonzeros, Hoyer and Gini, this model beside the untrained range.",
+            "Three line charts over layers: share of nonzeros, Hoyer and Gini, "
+            "this model beside the untrained range.",
             (
                 ("nonzeros", model.between.nonzeros.mean(axis=0)),
                 ("hoyer", model.between.hoyer.mean(axis=0)),
@@ -157,15 +179,20 @@ def layer_sections(
         ),
         Section(
             "Subspaces and dictionaries",
-            "The theorems need subspaces that are orthogonal to each other (largest cosine 0), orthonormal bases, an "
-            "output projection equal to them, and a dictionary whose D^T D has no eigenvalue above 1/eta (for the "
+            "The theorems need subspaces that are orthogonal to each other "
+            "(largest cosine 0), orthonormal bases, an "
+            "output projection equal to them, and a dictionary whose D^T D has "
+            "no eigenvalue above 1/eta (for the "
             "rate) or 2/eta (for descent); an orthogonal dictionary has D^T D = I.",
-            f"Largest cosine between two subspaces of a layer: {weights.coherence_max.max():.2f} (untrained "
-            f"{np.mean([control.coherence_max.max() for control in control_weights]):.2f})."
+            "Largest cosine between two subspaces of a layer: "
+            f"{weights.coherence_max.max():.2f} (untrained "
+            f"{np.mean([c.coherence_max.max() for c in control_weights]):.2f})."
             + _steps_inside(weights),
             figures.weights(weights, control_weights),
-            "Line charts over layers of what the theorems assume of the weights: coherence, orthonormality, output "
-            "projection, and the dictionary where there is one; with the value that the theory asks for.",
+            "Line charts over layers of what the theorems assume of the "
+            "weights: coherence, orthonormality, output "
+            "projection, and the dictionary where there is one; with the value "
+            "that the theory asks for.",
             tuple(
                 (name.replace("_", " "), getattr(weights, name))
                 for name in (
@@ -180,10 +207,16 @@ def layer_sections(
         ),
         Section(
             "Effective rank of the tokens",
-            "How many directions the tokens of one picture use, about their mean: the participation ratio, and the "
-            "exponential of the spectrum's entropy. On the right each token was standardised first.",
-            f"After the last layer {model.between.participation.mean(axis=0)[-1]:.1f} directions by the participation ratio, "
-            f"untrained {_untrained(controls, lambda r: r.between.participation)[-1]:.1f}; all pictures pooled "
+            "How many directions the tokens of one picture use, about their "
+            "mean: the participation ratio, and the "
+            "exponential of the spectrum's entropy. On the right each token "
+            "was standardised first.",
+            "After the last layer "
+            f"{model.between.participation.mean(axis=0)[-1]:.1f} directions by "
+            "the participation ratio, "
+            "untrained "
+            f"{_untrained(controls, lambda r: r.between.participation)[-1]:.1f}; "
+            "all pictures pooled "
             f"{model.pooled.participation[-1]:.1f}.",
             figures.between_layers(
                 model,
@@ -198,7 +231,8 @@ def layer_sections(
                 ],
                 [None, None, None],
             ),
-            "Three line charts over layers of the effective rank, this model beside the untrained range.",
+            "Three line charts over layers of the effective rank, this model "
+            "beside the untrained range.",
             (
                 ("entropy rank", model.between.entropy.mean(axis=0)),
                 ("entropy rank, pictures pooled", model.pooled.entropy),
@@ -206,12 +240,18 @@ def layer_sections(
         ),
         Section(
             "The attention step against the gradient",
-            "Mean cosine, token by token, between what attention adds and a direction at its input: the negative exact "
-            "gradient of R^c; the same with the token's own direction taken out of both, since shrinking explains part "
-            "of any agreement; minus the part outside the strongest subspace; and the gradient in random subspaces, "
+            "Mean cosine, token by token, between what attention adds and a "
+            "direction at its input: the negative exact "
+            "gradient of R^c; the same with the token's own direction taken "
+            "out of both, since shrinking explains part "
+            "of any agreement; minus the part outside the strongest subspace; "
+            "and the gradient in random subspaces, "
             "the control. 1 is what the derivation says, 0 is no relation.",
-            f"With the negative gradient: {model.layers.steps.gradient.mean():+.2f} on average over layers, in random "
-            f"subspaces {model.layers.steps.random.mean():+.2f}, untrained {_untrained(controls, lambda r: r.layers.steps.gradient).mean():+.2f}.",
+            "With the negative gradient: "
+            f"{model.layers.steps.gradient.mean():+.2f} on average over "
+            "layers, in random "
+            f"subspaces {model.layers.steps.random.mean():+.2f}, untrained "
+            f"{_untrained(controls, lambda r: r.layers.steps.gradient).mean():+.2f}.",
             figures.steps(
                 model,
                 controls,
@@ -225,7 +265,8 @@ def layer_sections(
                     ("gradient, random subspaces", lambda r: r.layers.steps.random),
                 ],
             ),
-            "Four line charts over layers of cosines between -1 and 1, this model beside the untrained range.",
+            "Four line charts over layers of cosines between -1 and 1, this "
+            "model beside the untrained range.",
             (
                 ("gradient", model.layers.steps.gradient.mean(axis=0)),
                 ("exact", model.layers.steps.exact.mean(axis=0)),
@@ -239,12 +280,16 @@ def layer_sections(
         sections.append(
             Section(
                 "Does the decoder invert the encoder?",
-                "Left pair: cosine (mean token taken out) between an encoder layer's input and what a decoder layer "
-                "makes of its output; partners stand on the rising diagonal, in bold. Right pair: how alike the tokens "
-                "on the decoder's own way are to those on the encoder's, whatever rotation lies between.",
+                "Left pair: cosine (mean token taken out) between an encoder "
+                "layer's input and what a decoder layer "
+                "makes of its output; partners stand on the rising diagonal, "
+                "in bold. Right pair: how alike the tokens "
+                "on the decoder's own way are to those on the encoder's, "
+                "whatever rotation lies between.",
                 _partners(model.inversion.centred),
                 figures.inversion(model.inversion, controls[0].inversion),
-                "Four heat maps with numbers, encoder layer against decoder layer, this model and untrained.",
+                "Four heat maps with numbers, encoder layer against decoder "
+                "layer, this model and untrained.",
             )
         )
     return sections
@@ -266,14 +311,20 @@ def readout_sections(
     return [
         Section(
             "What the layers bring to removed patches",
-            f"With {MASK_RATIO:.0%} of the patches removed: the share of a removed patch's variance about the mean "
-            "picture that a linear map reads off its token, fitted on half of the pictures and tested on the others. "
-            "It starts at 0, where the token is a position; what is above came from visible patches. A network whose "
-            "rates fall and whose sparsity rises while this curve does not move does nothing for its task.",
-            f"After the last layer {found[-1]:.2f}, untrained {np.mean([other[-1] for other in others]):.2f}, from "
+            f"With {MASK_RATIO:.0%} of the patches removed: the share of a "
+            "removed patch's variance about the mean "
+            "picture that a linear map reads off its token, fitted on half of "
+            "the pictures and tested on the others. "
+            "It starts at 0, where the token is a position; what is above came "
+            "from visible patches. A network whose "
+            "rates fall and whose sparsity rises while this curve does not "
+            "move does nothing for its task.",
+            f"After the last layer {found[-1]:.2f}, untrained "
+            f"{np.mean([other[-1] for other in others]):.2f}, from "
             f"{len(images)} pictures.",
             figures.readout(found, np.stack(others)),
-            "A line chart over layers of the share of removed patches that can be read, this model and untrained.",
+            "A line chart over layers of the share of removed patches that can "
+            "be read, this model and untrained.",
             (("share read", found), ("untrained", np.mean(others, axis=0))),
         )
     ]
@@ -307,20 +358,27 @@ def picture_sections(
     sections = [
         Section(
             "Where the heads look",
-            "Weight of each patch in the class token's output, last encoder layer, head by head, from zero to each "
-            "map's largest. A map that follows the object in the picture is a claim that needs a score against masks "
+            "Weight of each patch in the class token's output, last encoder "
+            "layer, head by head, from zero to each "
+            "map's largest. A map that follows the object in the picture is a "
+            "claim that needs a score against masks "
             "and against a blob in the centre; the book's chapter on heads has one.",
-            "The rows of the untrained network show what the architecture gives for nothing.",
+            "The rows of the untrained network show what the architecture "
+            "gives for nothing.",
             figures.picture_rows(rows, maps=True),
-            "Rows of grey maps, one a head, under the pictures they belong to, this model and untrained.",
+            "Rows of grey maps, one a head, under the pictures they belong to, "
+            "this model and untrained.",
         ),
         Section(
             "Principal components of the tokens",
-            "First three principal components of the last layer's patch tokens, of all pictures together, as red, "
+            "First three principal components of the last layer's patch "
+            "tokens, of all pictures together, as red, "
             "green and blue: equal colours are equal directions, in every picture.",
-            "Compare with the row of untrained weights before reading anything into a colour.",
+            "Compare with the row of untrained weights before reading anything "
+            "into a colour.",
             figures.picture_rows(colours),
-            "Pictures, and below them the same pictures in false colours by patch, for this model and untrained.",
+            "Pictures, and below them the same pictures in false colours by "
+            "patch, for this model and untrained.",
         ),
     ]
     if len(images) > 1:
@@ -334,10 +392,14 @@ def picture_sections(
         sections.append(
             Section(
                 "Between two pictures",
-                f"Decoded with {MASK_RATIO:.0%} of the patches removed, as in pretraining: from blends of the two "
-                "pictures' last tokens (above), from the tokens of blended pixels (middle), and the blended pixels "
-                "themselves. If the tokens were linear in the picture, the first two rows would be the same.",
-                f"The two decoded rows differ by {float((blend.tokens - blend.pixels).square().mean().sqrt()):.3f} "
+                f"Decoded with {MASK_RATIO:.0%} of the patches removed, as in "
+                "pretraining: from blends of the two "
+                "pictures' last tokens (above), from the tokens of blended "
+                "pixels (middle), and the blended pixels "
+                "themselves. If the tokens were linear in the picture, the "
+                "first two rows would be the same.",
+                "The two decoded rows differ by "
+                f"{float((blend.tokens - blend.pixels).square().mean().sqrt()):.3f} "
                 "(root mean square, of pixels in [0, 1]).",
                 figures.picture_rows(
                     [
@@ -346,7 +408,8 @@ def picture_sections(
                         ("pixels blended", blend.blend[:, 0]),
                     ]
                 ),
-                "Three rows of five pictures that go from a first picture to a second one.",
+                "Three rows of five pictures that go from a first picture to a "
+                "second one.",
             )
         )
     return sections

@@ -42,7 +42,8 @@ def decode_tokens(
     Raises
     ------
     ValueError
-        For a layer that there is not, or a model of normalised targets without ``like``.
+        For a layer that there is not, or a model of normalised targets without
+        ``like``.
 
     Book: :ref:`ch-tokens-heads`.
     """
@@ -52,7 +53,8 @@ def decode_tokens(
         raise ValueError(f"layer must be in 0 .. {depth}, got {layer}")
     if model.config.normalize_targets and like is None:
         raise ValueError(
-            "this model predicts normalised patches; give like=, pictures with their means and deviations"
+            "this model predicts normalised patches; give like=, pictures with "
+            "their means and deviations"
         )
     with evaluation_mode(model):
         device = next(model.parameters()).device
@@ -108,7 +110,8 @@ def interpolate_tokens(
     Raises
     ------
     ValueError
-        If there are not as many first as second pictures, or as :func:`trace_tokens` and :func:`decode_tokens` do.
+        If there are not as many first as second pictures, or as :func:`trace_tokens`
+        and :func:`decode_tokens` do.
 
     Book: :ref:`ch-tokens-heads`.
     """
@@ -167,7 +170,8 @@ def swap_tokens(
     Raises
     ------
     ValueError
-        If there are not as many first as second pictures, or ``swapped`` has not one entry a patch.
+        If there are not as many first as second pictures, or ``swapped`` has not one
+        entry a patch.
 
     Book: :ref:`ch-tokens-heads`.
     """
@@ -179,7 +183,8 @@ def swap_tokens(
     )
     if len(swapped) != one.ids_restore.shape[1]:
         raise ValueError(
-            f"swapped must have {one.ids_restore.shape[1]} entries, one a patch, got {len(swapped)}"
+            f"swapped must have {one.ids_restore.shape[1]} entries, one a "
+            f"patch, got {len(swapped)}"
         )
     tokens = one.hidden_states[layer]
     chosen = swapped.expand(len(first), -1)

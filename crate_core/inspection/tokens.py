@@ -74,7 +74,8 @@ def trace_tokens(
     Raises
     ------
     ValueError
-        If there is no picture, for pictures or noise of the wrong shape, a ratio out of range, or one without noise.
+        If there is no picture, for pictures or noise of the wrong shape, a ratio out of
+        range, or one without noise.
 
     Book: :ref:`ch-tokens-heads`.
     """
@@ -85,7 +86,8 @@ def trace_tokens(
     if noise is None:
         if mask_ratio > 0:
             raise ValueError(
-                f"mask_ratio={mask_ratio} needs noise (B, L) that says which patches to remove"
+                f"mask_ratio={mask_ratio} needs noise (B, L) that says which "
+                "patches to remove"
             )
         noise = (torch.arange(length) / length).expand(len(images), -1)
     with evaluation_mode(model):
@@ -142,7 +144,8 @@ class TokenPCA:
         batch, length, components = self.coordinates.shape
         if components < 3 or grid[0] * grid[1] != length:
             raise ValueError(
-                f"colours need 3 components on a grid of {length} tokens, got {components} on {grid}"
+                f"colours need 3 components on a grid of {length} tokens, got "
+                f"{components} on {grid}"
             )
         flat = self.coordinates[..., :3].reshape(-1, 3)
         low, high = torch.quantile(
@@ -210,7 +213,8 @@ def midpoint_nonlinearity(
     r"""How far the tokens of a half-and-half picture are from the mean of the two
     pictures' tokens, by layer,
 
-    .. math:: \frac{\|\phi_\ell(\tfrac12 a + \tfrac12 b) - \tfrac12\phi_\ell(a) - \tfrac12\phi_\ell(b)\|_F}
+    .. math:: \frac{\|\phi_\ell(\tfrac12 a + \tfrac12 b) - \tfrac12\phi_\ell(a) -
+              \tfrac12\phi_\ell(b)\|_F}
                    {\tfrac12 \|\phi_\ell(a) - \phi_\ell(b)\|_F},
 
     0 where :math:`\phi_\ell` is affine between the two, 1 where the half-and-half
@@ -256,5 +260,6 @@ def check_pairs(first: Tensor, second: Tensor) -> None:
     """
     if first.shape != second.shape:
         raise ValueError(
-            f"pairs of pictures must have one shape, got {tuple(first.shape)} and {tuple(second.shape)}"
+            f"pairs of pictures must have one shape, got {tuple(first.shape)} "
+            f"and {tuple(second.shape)}"
         )

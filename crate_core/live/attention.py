@@ -1,7 +1,8 @@
 r"""Live figure *attention*: softmax attention as a gate, beside the exact step.
 
-Tokens near four mutually orthogonal subspaces of dimension 16 that fill 64 dimensions, and
-one full step: against the gradient, :math:`Z - \nabla R^c(Z)/\beta`, or by attention,
+Tokens near four mutually orthogonal subspaces of dimension 16 that fill 64 dimensions,
+and one full step: against the gradient, :math:`Z - \nabla R^c(Z)/\beta`, or by
+attention,
 :math:`\sum_k U_k V_k A_k`.
 
 Book: :ref:`ch-attention`.

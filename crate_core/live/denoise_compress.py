@@ -1,5 +1,5 @@
-r"""Live figure *denoise and compress*: the posterior mean and a step against the gradient
-of R^c on the same tokens.
+r"""Live figure *denoise and compress*: the posterior mean and a step against the
+gradient of R^c on the same tokens.
 
 Tokens live near two lines of the plane, or near four subspaces of dimension 6 in 24
 dimensions.  There each token is drawn in the plane of its own clean part and its noise:

@@ -2,9 +2,9 @@ r"""Live figure *flow*: the structured flow beside the probability flow, on the 
 tokens.
 
 Structured: :math:`\dot Z = -\nabla R^c(Z)` in closed form, up to :math:`\beta t = 4`.
-Probability flow: down from the noise level of the tokens to a hundredth of it, by Heun's
-steps with the exact score.  A token is drawn by the norms of its part in its own subspace
-and of the rest.
+Probability flow: down from the noise level of the tokens to a hundredth of it, by
+Heun's steps with the exact score.  A token is drawn by the norms of its part in its own
+subspace and of the rest.
 
 Book: :ref:`ch-structured-ode`.
 """

@@ -1,10 +1,12 @@
-r"""Live figure *layer*: tokens through compress and sparsify, layer after layer, and back
-through the decoder.
+r"""Live figure *layer*: tokens through compress and sparsify, layer after layer, and
+back through the decoder.
 
-Tokens are :math:`Q a` plus noise, with nonnegative sparse codes a in the block of their own
-subspace and Q = [U_1 ... U_K].  The layers have the true subspaces and the true dictionary:
-:math:`D = Q` in the first, the identity after it, step size 1.  The decoder takes the same
-halves back: :math:`V = D Y`, :math:`(1 + \kappa\beta) V - \kappa\,\mathrm{MSSA}(V)`.
+Tokens are :math:`Q a` plus noise, with nonnegative sparse codes a in the block of their
+own subspace and Q = [U_1 ... U_K].  The layers have the true subspaces and the true
+dictionary:
+:math:`D = Q` in the first, the identity after it, step size 1.  The decoder takes the
+same halves back: :math:`V = D Y`, :math:`(1 + \kappa\beta) V -
+\kappa\,\mathrm{MSSA}(V)`.
 
 Book: :ref:`ch-layers`.
 """
@@ -38,8 +40,8 @@ LATER = 0.1
 
 @cache
 def inputs() -> dict[str, Any]:
-    """Bases, codes (nonnegative, a quarter nonzero, of mean squared norm one) and noise;
-    tokens sorted by subspace.
+    """Bases, codes (nonnegative, a quarter nonzero, of mean squared norm one) and
+    noise; tokens sorted by subspace.
     """
     generator = torch.Generator().manual_seed(11)
     dim = HEADS * RANK
@@ -147,8 +149,10 @@ FIGURE = LiveFigure(
     name="layer",
     title="Encoder and decoder layers: take half steps",
     alt=(
-        "A table of tokens by coordinates: dense and coloured at first; after the first "
-        "compression and sparsification it holds few entries, each token's in the block "
+        "A table of tokens by coordinates: dense and coloured at first; after "
+        "the first "
+        "compression and sparsification it holds few entries, each token's in "
+        "the block "
         "of its own subspace. Below: noise left, nonzero entries and R^c at every half "
         "step through the encoder and, on grey, back through the decoder."
     ),

@@ -1,7 +1,8 @@
 r"""Live figure *window*: where compression denoises, by the random-matrix law.
 
-The law's cosine between the gradient of R^c and the noise against the load n/(Kp), and two
-maps of it, over load and noise and over load and precision, with the reader's point.
+The law's cosine between the gradient of R^c and the noise against the load n/(Kp), and
+two maps of it, over load and noise and over load and precision, with the reader's
+point.
 
 Book: :ref:`ch-compression-denoising`.
 """
@@ -108,7 +109,8 @@ FIGURE = LiveFigure(
     title="The window: where compression denoises",
     alt=(
         "Left: the cosine between gradient and noise falls with the load, from near 1 "
-        "with few tokens to near 0 above one token per dimension. Middle and right: maps "
+        "with few tokens to near 0 above one token per dimension. Middle and "
+        "right: maps "
         "of the cosine over load and noise, and over load and precision: a dark region "
         "at small load, between too little and too much, with your point in it."
     ),

@@ -10,8 +10,14 @@ import pytest
 from jupyter_cache import get_cache
 
 pytestmark = pytest.mark.repository
-FRONT = "---\njupytext:\n  text_representation:\n    extension: .md\n    format_name: myst\n"
-FRONT += "kernelspec:\n  display_name: Python 3 (ipykernel)\n  language: python\n  name: python3\n---\n\n# Title\n"
+FRONT = (
+    "---\njupytext:\n  text_representation:\n    extension: .md\n    format_name: "
+    "myst\n"
+)
+FRONT += (
+    "kernelspec:\n  display_name: Python 3 (ipykernel)\n  language: python\n  "
+    "name: python3\n---\n\n# Title\n"
+)
 
 
 def page(code: str) -> str:
@@ -24,10 +30,12 @@ def book(tmp_path: Path) -> Path:
     (tmp_path / "pkg" / "__init__.py").write_text("")
     (tmp_path / "pkg" / "value.py").write_text("X = 1\n")
     (tmp_path / "_config.yml").write_text(
-        "execute: {timeout: 60}\nsphinx:\n  config:\n    depcache_packages: [pkg]\n    depcache_data: [results]\n"
+        "execute: {timeout: 60}\nsphinx:\n  config:\n    depcache_packages: "
+        "[pkg]\n    depcache_data: [results]\n"
     )
     (tmp_path / "_toc.yml").write_text(
-        "root: index\nparts:\n- chapters:\n  - file: good\n  - file: bad\n  - file: other\n"
+        "root: index\nparts:\n- chapters:\n  - file: good\n  - file: bad\n  - "
+        "file: other\n"
     )
     (tmp_path / "index.md").write_text("# No cells\n")
     (tmp_path / "good.md").write_text(

@@ -49,7 +49,9 @@ def test_the_example_by_hand():
 @settings(max_examples=20)
 @given(SEEDS, st.integers(1, 5), st.floats(0.05, 2.0))
 def test_the_dearest_tokens_are_spread_evenly(seed, rank, eps):
-    """ex-rate-flat: at most k/2 log(1 + d/(k eps^2)), attained by equal singular values."""
+    """ex-rate-flat: at most k/2 log(1 + d/(k eps^2)), attained by equal singular
+    values.
+    """
     generator, n, d = seeded(seed), 9, 6
     left, right = orthogonal(generator, n)[:, :rank], orthogonal(generator, d)[:rank]
     most = rank / 2 * math.log(1 + d / (rank * eps**2))

@@ -28,7 +28,9 @@ def seeded(seed: int) -> torch.Generator:
 @settings(max_examples=20)
 @given(SEEDS, st.integers(1, 9), st.floats(0.05, 2.0))
 def test_lines_multiply_every_token_by_the_same_numbers(seed, n, eps):
-    """ex-cd-lines: coordinate k of the gradient is 1/(1 + beta |V_k|^2) of the token's."""
+    """ex-cd-lines: coordinate k of the gradient is 1/(1 + beta |V_k|^2) of
+    the token's.
+    """
     z = torch.randn(n, 3, generator=seeded(seed), dtype=F64)
     lines = torch.eye(3, dtype=F64)[..., None]
     beta = subspace_beta(n, 1, eps)
@@ -46,13 +48,20 @@ def test_lines_multiply_every_token_by_the_same_numbers(seed, n, eps):
 @settings(max_examples=20)
 @given(st.floats(0.05, 3.0), st.floats(-0.3, 0.3), st.floats(0.1, 0.3))
 def test_a_second_token_at_an_angle_occupies_the_plane(phi, first, second):
-    """ex-cd-third: nothing is removed for beta phi^2 / 2 >> 1, the part across for phi = 0."""
+    """ex-cd-third: nothing is removed for beta phi^2 / 2 >> 1, the part across for phi
+    = 0.
+    """
     turn = torch.tensor([math.cos(phi), math.sin(phi)], dtype=F64)
     assert math.isclose(
-        float(torch.linalg.eigvalsh(torch.outer(turn, turn) + torch.diag(torch.tensor([1.0, 0.0], dtype=F64)))[0]),
+        float(
+            torch.linalg.eigvalsh(
+                torch.outer(turn, turn)
+                + torch.diag(torch.tensor([1.0, 0.0], dtype=F64))
+            )[0]
+        ),
         1 - abs(math.cos(phi)),
         abs_tol=1e-12,
-    )  # fmt: skip
+    )
     planes = torch.eye(4, dtype=F64).reshape(4, 2, 2).permute(1, 0, 2)
     scale = 1e-4  # noise far below the precision, so that it does not count as energy
 

@@ -423,7 +423,10 @@ def test_in_jupyterlab_arrow_keys_move_the_slider_and_not_the_cell(
     slider.focus()
     read = "() => crateLive.view('window').state.noise"
     before = page.evaluate(read)
-    selected = "() => [...document.querySelectorAll('.jp-Cell')].findIndex(c => c.matches('.jp-mod-active'))"
+    selected = (
+        "() => [...document.querySelectorAll('.jp-Cell')].findIndex(c => "
+        "c.matches('.jp-mod-active'))"
+    )
     cell = page.evaluate(selected)
     page.keyboard.press("ArrowRight")
     page.keyboard.press("ArrowUp")

@@ -1,10 +1,10 @@
-"""One symbol, one meaning: chapters use the letters of the notation table, and letters of
-their own only inside one section.
+"""One symbol, one meaning: chapters use the letters of the notation table, and letters
+of their own only inside one section.
 
 What is compared are base letters: indices, primes, hats and bars are left out (an index
 does not make a new letter, `\\mathcal X` does).  Meanings no program can compare; but a
-letter that has no entry, and stands in two sections of a chapter, is a letter whose meaning nobody can look up.  Exercises, each on its
-own, may have letters of theirs.
+letter that has no entry, and stands in two sections of a chapter, is a letter whose
+meaning nobody can look up.  Exercises, each on its own, may have letters of theirs.
 """
 
 import re
@@ -86,7 +86,9 @@ SYMBOL = re.compile(
 
 
 def symbols(tex: str) -> set[str]:
-    """The base letters of a piece of TeX: Latin letters, Greek ones, calligraphic ones."""
+    """The base letters of a piece of TeX: Latin letters, Greek ones,
+    calligraphic ones.
+    """
     tex = WORDS.sub(" ", tex)
     tex = re.sub(rf"_\s*{GROUP}", " ", tex)  # an index is no symbol
     found = set()
@@ -102,7 +104,9 @@ def symbols(tex: str) -> set[str]:
 
 
 def formulas(text: str) -> list[str]:
-    """The TeX of a piece of MyST: between dollar signs, in math directives and roles."""
+    """The TeX of a piece of MyST: between dollar signs, in math
+    directives and roles.
+    """
     text = re.sub(r"(?m)^\s*\$\$\s*\([^)]*\)\s*$", "$$", text)  # labels of equations
     found = re.findall(r"(?ms)^\s*[`:]{3,}\{math\}.*?\n(.*?)^\s*[`:]{3,}\s*$", text)
     found += re.findall(r"(?s)\$\$(.+?)\$\$", text)
@@ -263,5 +267,8 @@ def test_letters_are_found(tex: str, found: set[str]) -> None:
 
 
 def test_a_letter_without_entry_stays_in_one_section() -> None:
-    text = "# T\n\nHere $Z$.\n\n## One\n\n$q = Z$ and `$y$`\n\n## Two\n\n$$\nq y\n$$ (eq-x)\n"
+    text = (
+        "# T\n\nHere $Z$.\n\n## One\n\n$q = Z$ and `$y$`\n\n## Two\n\n$$\nq y\n$$ "
+        "(eq-x)\n"
+    )
     assert strangers(text) == {"q": ["One", "Two"]}

@@ -274,7 +274,10 @@ def test_players_play(browser) -> None:
                 player.query_selector("img"),
             )
             shown = picture.get_attribute("src")
-            move = "(e, to) => { e.value = to; e.dispatchEvent(new Event('input', {bubbles: true})); }"
+            move = (
+                "(e, to) => { e.value = to; e.dispatchEvent(new Event('input', "
+                "{bubbles: true})); }"
+            )
             slider.evaluate(move, "0")
             first = picture.get_attribute("src")
             slider.evaluate(move, slider.get_attribute("max"))

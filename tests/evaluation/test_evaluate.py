@@ -190,17 +190,24 @@ def test_regularisation_is_chosen_by_validation() -> None:
 def test_probes_stand_beside_their_controls(model: CrateMAE) -> None:
     scores = linear_probes(model, STRIPES, seeds=[0, 1], labels_per_class=4)
     assert list(scores) == [
-        "trained, class token", "trained, mean of patches",
-        "untrained, class token", "untrained, mean of patches", "raw pixels",
-    ]  # fmt: skip
+        "trained, class token",
+        "trained, mean of patches",
+        "untrained, class token",
+        "untrained, mean of patches",
+        "raw pixels",
+    ]
     for columns in scores.values():
         assert list(columns) == ["all labels", "4 labels a class"]
         assert all(len(score.accuracies) == 2 for score in columns.values())
     assert scores["raw pixels"]["all labels"].mean == 1.0
     own = probe_accuracy(
-        encode(model, STRIPES.train).class_token, STRIPES.train.labels,
-        encode(model, STRIPES.held_out).class_token, STRIPES.held_out.labels, seed=1, labels_per_class=4,
-    )  # fmt: skip
+        encode(model, STRIPES.train).class_token,
+        STRIPES.train.labels,
+        encode(model, STRIPES.held_out).class_token,
+        STRIPES.held_out.labels,
+        seed=1,
+        labels_per_class=4,
+    )
     assert scores["trained, class token"]["4 labels a class"].accuracies[1] == own
 
 
@@ -238,8 +245,10 @@ def test_score_spread_is_the_sample_standard_deviation() -> None:
     assert Score((0.5, 0.7, 0.9)).std == pytest.approx(0.2)
     assert Score((0.5,)).std == 0.0
     assert json.loads(json.dumps(Score((0.5, 1.0)).to_dict())) == {
-        "mean": 0.75, "std": pytest.approx(math.sqrt(0.125)), "accuracies": [0.5, 1.0],
-    }  # fmt: skip
+        "mean": 0.75,
+        "std": pytest.approx(math.sqrt(0.125)),
+        "accuracies": [0.5, 1.0],
+    }
 
 
 # -- reconstruction
@@ -543,9 +552,18 @@ def test_the_command_line_passes_every_option_on(
 
     def recorded(*arguments: Any, **options: Any) -> dict[str, Any]:
         given.update(options, arguments=arguments)
-        return {"seeds": [], "description": "", "held_out": 0, "linear_probe": None, "neighbours": None,
-                "fine_tuning": None, "reconstruction": [], "seconds": {}, "labelled": None,
-                "unreadable": {}}  # fmt: skip
+        return {
+            "seeds": [],
+            "description": "",
+            "held_out": 0,
+            "linear_probe": None,
+            "neighbours": None,
+            "fine_tuning": None,
+            "reconstruction": [],
+            "seconds": {},
+            "labelled": None,
+            "unreadable": {},
+        }
 
     monkeypatch.setattr(crate_core.evaluation.evaluate, "evaluate", recorded)
     output = tmp_path / "record.json"
@@ -587,16 +605,26 @@ def test_the_command_line_passes_every_option_on(
 
 def test_a_vit_is_evaluated_alike(checkpoint: Path) -> None:
     config = ViTMAEConfig(
-        image_size=8, patch_size=2, channels=1, dim=16, depth=1, heads=2,
-        decoder_dim=8, decoder_depth=1, decoder_heads=2,
-    )  # fmt: skip
+        image_size=8,
+        patch_size=2,
+        channels=1,
+        dim=16,
+        depth=1,
+        heads=2,
+        decoder_dim=8,
+        decoder_depth=1,
+        decoder_heads=2,
+    )
     vit = build_model(config)
     vit.save_pretrained(checkpoint)
     record = evaluate(checkpoint, seeds=1, labels_per_class=4, mask_ratios=[0.5])
     own = probe_accuracy(
-        encode(vit, STRIPES.train).patch_mean, STRIPES.train.labels,
-        encode(vit, STRIPES.held_out).patch_mean, STRIPES.held_out.labels, 0,
-    )  # fmt: skip
+        encode(vit, STRIPES.train).patch_mean,
+        STRIPES.train.labels,
+        encode(vit, STRIPES.held_out).patch_mean,
+        STRIPES.held_out.labels,
+        0,
+    )
     assert record["linear_probe"]["trained, mean of patches"]["all labels"][
         "accuracies"
     ] == [own]
@@ -633,7 +661,8 @@ def test_labels_that_do_not_fit_are_refused(
     )
     with pytest.raises(
         ValueError,
-        match="1 classes that no training picture has, such as 2: 3 classes held out, 2 to",
+        match="1 classes that no training picture has, such as 2: 3 classes held "
+        "out, 2 to",
     ):
         evaluate(checkpoint)
 
@@ -645,7 +674,8 @@ def test_the_recorded_digits_runs_beat_their_untrained_controls() -> None:
     path = ROOT / "results" / "digits-pretrain.json"
     if not path.exists():
         pytest.skip(
-            "results/digits-pretrain.json is not there: python benchmarks/digits.py writes it"
+            "results/digits-pretrain.json is not there: python "
+            "benchmarks/digits.py writes it"
         )
     results = json.loads(path.read_text())
     assert {"command", "commit", "device", "seeds", "versions"} <= results.keys()

@@ -1,4 +1,6 @@
-"""The probe by stochastic gradients: what it reads, what it refuses, what it may see."""
+"""The probe by stochastic gradients: what it reads, what it refuses,
+what it may see.
+"""
 
 import json
 from dataclasses import replace

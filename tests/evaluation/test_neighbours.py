@@ -135,8 +135,11 @@ def test_accuracy_counts_right_winners() -> None:
 )
 def test_bad_values_are_named(changes: dict[str, Any], message: str) -> None:
     given: dict[str, Any] = {
-        "train": np.ones((3, 2), np.float32), "labels": np.array([0, 1, 1]), "test": np.ones((1, 2), np.float32),
-        "classes": 2, **changes,
-    }  # fmt: skip
+        "train": np.ones((3, 2), np.float32),
+        "labels": np.array([0, 1, 1]),
+        "test": np.ones((1, 2), np.float32),
+        "classes": 2,
+        **changes,
+    }
     with pytest.raises(ValueError, match=message):
         neighbour_votes(**given)

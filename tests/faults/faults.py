@@ -187,7 +187,8 @@ FAULTS = [
             "half of the log determinant left out",
         ),
         (
-            "        [m.shape[-2] / z.shape[-2] * coding_rate(m, eps) for m in members]",
+            "        [m.shape[-2] / z.shape[-2] * coding_rate(m, eps) for m in "
+            "members]",
             "        [coding_rate(m, eps) for m in members]",
             "classes not weighted by their size",
         ),
@@ -287,12 +288,14 @@ FAULTS = [
             "the structured flow goes up",
         ),
         (
-            "    exponent = math.log(beta) + 2 * start.log() + energy - 2 * beta * time",
+            "    exponent = math.log(beta) + 2 * start.log() + energy - 2 * "
+            "beta * time",
             "    exponent = math.log(beta) + 2 * start.log() + energy - beta * time",
             "half the time in the exact flow",
         ),
         (
-            "    return end / singular * (1 + beta * singular**2) / (1 + beta * end**2)",
+            "    return end / singular * (1 + beta * singular**2) / (1 + beta "
+            "* end**2)",
             "    return end / singular",
             "the flow's derivative without its second factor",
         ),
@@ -303,7 +306,8 @@ FAULTS = [
         ),
         (
             "            z = target + kappa * subspace_coding_rate_grad(z, bases, eps)",
-            "            z = target + kappa * subspace_coding_rate_grad(target, bases, eps)",
+            "            z = target + kappa * "
+            "subspace_coding_rate_grad(target, bases, eps)",
             "the inverse of a step is an explicit step back",
         ),
     ),
@@ -315,7 +319,8 @@ FAULTS = [
             "softmax over the wrong axis in the weights",
         ),
         (
-            "    return F.scaled_dot_product_attention(flat, flat, averaged, scale=scale)"
+            "    return F.scaled_dot_product_attention(flat, flat, averaged, "
+            "scale=scale)"
             ".reshape(",
             "    return F.scaled_dot_product_attention(flat, flat, averaged).reshape(",
             "the softmax's scale ignored",
@@ -385,7 +390,8 @@ FAULTS = [
         ),
         (
             "    return (z @ ista_matrix(dictionary, eta)).sub_(eta * lambd).relu_()",
-            "    return (z @ ista_matrix(dictionary.mT, eta)).sub_(eta * lambd).relu_()",
+            "    return (z @ ista_matrix(dictionary.mT, eta)).sub_(eta * "
+            "lambd).relu_()",
             "the dictionary transposed",
         ),
         (
@@ -399,7 +405,8 @@ FAULTS = [
             "codes may be negative",
         ),
         (
-            "    value = 0.5 * residual.square().sum((-2, -1)) + lambd * codes.sum((-2, -1))",
+            "    value = 0.5 * residual.square().sum((-2, -1)) + lambd * "
+            "codes.sum((-2, -1))",
             "    value = residual.square().sum((-2, -1)) + lambd * codes.sum((-2, -1))",
             "half of the fit left out of the objective",
         ),
@@ -458,8 +465,10 @@ FAULTS = [
             "the loss counts visible patches",
         ),
         (
-            "                mask[..., None] > 0, self.mask_token.to(embedded.dtype), embedded",
-            "                mask[..., None] > 2, self.mask_token.to(embedded.dtype), embedded",
+            "                mask[..., None] > 0, "
+            "self.mask_token.to(embedded.dtype), embedded",
+            "                mask[..., None] > 2, "
+            "self.mask_token.to(embedded.dtype), embedded",
             "nothing is hidden from the encoder",
         ),
         (
@@ -492,7 +501,8 @@ FAULTS = [
     *faults(
         "model/vit.py",
         (
-            "        return torch.softmax(attention.scale * (queries @ keys.mT), dim=-1)",
+            "        return torch.softmax(attention.scale * (queries @ "
+            "keys.mT), dim=-1)",
             "        return torch.softmax(queries @ keys.mT, dim=-1)",
             "the ViT's weights without their scale",
         ),

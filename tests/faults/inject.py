@@ -1,14 +1,14 @@
 """Break the package on purpose, one fault at a time, and see who notices:
 
-    python tests/faults/inject.py                    every fault; goes on where it stopped
-    python tests/faults/inject.py theory/rate.py     the faults of one file
+    python tests/faults/inject.py                    every fault; goes on where it
+    stopped python tests/faults/inject.py theory/rate.py     the faults of one file
     python tests/faults/inject.py --report           the table, from what has run
 
 Each fault (faults.py) goes into a copy of the repository.  There its file's unit tests
 run, then the chapters about the file until a claim notices; with `--every`, all of them
-and every other chapter that imports it.  A claim notices a fault when it is refused with
-it and holds without it.  A cell notices when it stops with an error of its own, or the
-chapter runs out of time.
+and every other chapter that imports it.  A claim notices a fault when it is refused
+with it and holds without it.  A cell notices when it stops with an error of its own, or
+the chapter runs out of time.
 
 The state, one JSON file, keeps what has run, under a digest of what it ran on: after an
 edit of a chapter, of a test or of the faulted file only what depends on it runs again.
@@ -132,8 +132,8 @@ def preload() -> None:
 
 
 def call(copy: Path, work: Callable[[], None], limit: float) -> tuple[bool, str]:
-    """Do some work in a fork that imports the package from the copy; whether it ended in
-    time, and what it said.
+    """Do some work in a fork that imports the package from the copy; whether it ended
+    in time, and what it said.
     """
     said = copy / "said.txt"
 
@@ -294,7 +294,8 @@ class Injection:
             more = f" and {len(row['claims']) - 4} more" if row["claims"][4:] else ""
             lines.append(
                 f"| {row['fault']} | {test} | {claims}{more} | "
-                f"{', '.join(row['stopped']) or 'none'} | {', '.join(row['chapters'])} |"
+                f"{', '.join(row['stopped']) or 'none'} | "
+                f"{', '.join(row['chapters'])} |"
             )
         of = len(rows)
         claim, test = [bool(r["claims"]) for r in rows], [bool(r["test"]) for r in rows]
@@ -306,7 +307,8 @@ class Injection:
         ]
         lines += [
             "",
-            f"Faults run: {of} of {len(FAULTS)}. Noticed by a claim: {sum(claim)}; by a "
+            f"Faults run: {of} of {len(FAULTS)}. Noticed by a claim: "
+            f"{sum(claim)}; by a "
             f"unit test: {sum(test)}; by a cell that stops: {sum(stop)}; by none of "
             f"them: {len(neither)}{': ' if neither else ''}{'; '.join(neither)}.",
         ]

@@ -34,9 +34,17 @@ from crate_core.theory.rate import coding_rate, subspace_coding_rate
 
 TINY = CrateMAEConfig.preset("digits", dim=16, depth=3, heads=2)
 VIT = ViTMAEConfig(
-    **{name: getattr(TINY, name) for name in ("image_size", "patch_size", "channels", "pixel_mean", "pixel_std")},
-    dim=16, depth=2, heads=2, decoder_dim=8, decoder_depth=1, decoder_heads=2,
-)  # fmt: skip
+    **{
+        name: getattr(TINY, name)
+        for name in ("image_size", "patch_size", "channels", "pixel_mean", "pixel_std")
+    },
+    dim=16,
+    depth=2,
+    heads=2,
+    decoder_dim=8,
+    decoder_depth=1,
+    decoder_heads=2,
+)
 ABLATED = replace(TINY, separate_values=True, expansion=2, norm="none")
 PICTURES = torch.rand(5, 1, 8, 8, generator=torch.Generator().manual_seed(3))
 
@@ -204,7 +212,7 @@ def test_weights_that_obey_the_theory_are_seen_to() -> None:
     assert (np.abs(random.written_cosine) < 0.5).all()
 
 
-def test_a_shrinking_step_is_along_the_negative_gradient_and_its_controls_tell_why() -> (
+def test_a_shrinking_step_is_along_the_negative_gradient_and_controls_tell_why() -> (
     None
 ):
     found = inspect_layers(theory_model(), PICTURES)

@@ -53,7 +53,9 @@ VOID = {"meta", "img", "br", "hr", "link", "input"}
 
 
 class Page(HTMLParser):
-    """Headings, pictures, links and the text of a page; raises when tags do not nest."""
+    """Headings, pictures, links and the text of a page; raises when tags
+    do not nest.
+    """
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -396,7 +398,13 @@ def test_curves_show_the_measures_of_their_own_network(
 
 
 def test_weights_are_drawn_for_their_own_network(healthy: SimpleNamespace) -> None:
-    names = ("coherence_max", "basis_defect", "written_cosine", "dictionary_norm", "dictionary_defect")  # fmt: skip
+    names = (
+        "coherence_max",
+        "basis_defect",
+        "written_cosine",
+        "dictionary_norm",
+        "dictionary_defect",
+    )
     axes = healthy.sections["Subspaces and dictionaries"].figure.axes
     for ax, name in zip(axes, names, strict=True):
         own = getattr(healthy.weights, name)
