@@ -367,13 +367,19 @@ def denoising_cosine_law(
     g2 = sigma**2 * rank
     g1 = 1 + g2
     other_g2 = (components - 1) * g2
-    # x = beta mean(mu) solves x/beta + load (g1 x/(1+g1 x) + (K-1) g2 x/(1+g2 x)) = 1:
-    # increasing in x, bisected in log x.
-    low, high = 1 / (1 / beta + load * (g1 + other_g2)), beta
-    for _ in range(100):
-        x = math.sqrt(low * high)
-        total = x / beta + load * (g1 * x / (1 + g1 * x) + other_g2 * x / (1 + g2 * x))
-        low, high = (x, high) if total < 1 else (low, x)
+
+    # x = beta mean(mu) is where this, increasing in x, is 0:
+    def excess(log_x: float) -> float:
+        x = math.exp(log_x)
+        seen = g1 * x / (1 + g1 * x) + other_g2 * x / (1 + g2 * x)
+        return x / beta + load * seen - 1
+
+    # here, because scipy would double the time of `import crate_core`
+    from scipy.optimize import brentq
+
+    # at its ends the function has its signs, which rounding must not change: a margin
+    low, high = -math.log(1 / beta + load * (g1 + other_g2)), math.log(beta)
+    x = math.exp(brentq(excess, low - 0.01, high + 0.01, xtol=1e-15))
     m = x / beta
     q1, q2 = 1 / (1 + g1 * x), 1 / (1 + g2 * x)
     energy = g1 * q1**2 + other_g2 * q2**2

@@ -24,7 +24,9 @@ def test_odds_of_the_picture_by_hand_are_sixteen_over_the_variance(sigma):
 
 
 def test_seen_from_the_lower_right_the_mean_costs_eight_ninths():
-    """ex-mae-blur: the means, the loss, and a median that is no picture of the world."""
+    """ex-mae-blur: the means, the loss, and a median that is no picture
+    of the world.
+    """
     possible = WORLD[WORLD[:, 3] == -1]
     assert len(possible) == 3
     mean = possible[:, :3].mean(0)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
@@ -86,3 +87,35 @@ def test_named_files_exist() -> None:
         assert (ROOT / name).is_file(), name
     for name in ("LICENSE", "LICENSE-CONTENT", "CITATION.cff"):
         assert (ROOT / name).is_file(), name
+
+
+def chapters() -> list[str]:
+    """The pages of the book that the maps list, in its order: the opening, the numbered
+    parts, the questions.
+    """
+    toc = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf8"))
+    numbered = [
+        chapter["file"].removeprefix("book/")
+        for part in toc["parts"]
+        if part.get("numbered")
+        for chapter in part["chapters"]
+    ]
+    return ["first_hour", *numbered, "ten_questions"]
+
+
+def test_the_maps_list_every_chapter_once_and_in_order() -> None:
+    in_readme = [
+        name
+        for row in re.findall(r"(?m)^\| (`.+?) \|", README)
+        for name in re.findall(r"`(\w+)`", row)
+    ]
+    assert [name for name in in_readme if name in chapters()] == chapters()
+    index = (ROOT / "book" / "index.md").read_text(encoding="utf8")
+    table = index[index.index("## The map") :].split("\n## ")[0]
+    assert re.findall(r"\{doc\}`(\w+)`", table) == chapters()
+
+
+def test_the_map_s_modules_cover_every_folder() -> None:
+    named = {module.split("/")[0] for module in re.findall(r"`(\w+)/\w+\.py`", README)}
+    folders = {path.parent.name for path in (ROOT / "crate_core").glob("*/__init__.py")}
+    assert folders - {"live"} <= named
