@@ -38,8 +38,8 @@ def keep_mass(maps: HeadMaps, share: float = ATTENTION_MASS) -> ObjectMaps:
     ValueError
         For negative maps or a share out of range.
 
-    Book: :ref:`ch-tokens-heads`.  The rule of :cite:t:`caron2021emerging`, with ties kept
-    together.
+    Book: :ref:`ch-tokens-heads`.  The rule of :cite:t:`caron2021emerging`, with ties
+    kept together.
     """
     if not 0 < share <= 1:
         raise ValueError(f"share must be in (0, 1], got {share}")
@@ -83,7 +83,8 @@ def area_under_curve(maps: HeadMaps, mask: ObjectMask) -> PerMap:
               \notin \text{object}.
 
     The area under the ROC curve: no threshold, and 0.5 by chance whatever the size of
-    the object.  Not a number where a mask is empty or full.  Book: :ref:`ch-tokens-heads`.
+    the object.  Not a number where a mask is empty or full.  Book:
+    :ref:`ch-tokens-heads`.
     """
     batch, heads = maps.shape[:2]
     maps, mask = maps.cpu(), mask.cpu()
@@ -214,7 +215,8 @@ def centre_blob(size: tuple[int, int], width: float = 0.25) -> Tensor:
     """A Gaussian bump (h, w) in the middle; ``width`` is its standard deviation as a
     share of each side, > 0.
 
-    Raises ``ValueError`` for a width that is not positive.  Book: :ref:`ch-tokens-heads`.
+    Raises ``ValueError`` for a width that is not positive.  Book:
+    :ref:`ch-tokens-heads`.
     """
     if not width > 0:
         raise ValueError(f"width must be positive, got {width}")
@@ -231,7 +233,8 @@ def random_maps(
 ) -> HeadMaps:
     """Maps that know nothing: positive, blurred noise (B, K, h, w), summing to 1.
 
-    ``smoothness`` is the width of the blur in patches, > 0.  Book: :ref:`ch-tokens-heads`.
+    ``smoothness`` is the width of the blur in patches, > 0.  Book:
+    :ref:`ch-tokens-heads`.
     """
     noise = torch.randn(batch, heads, *size, generator=generator)
     for axis in (-2, -1):

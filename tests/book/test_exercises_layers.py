@@ -86,7 +86,9 @@ def test_relu_of_layernorm_adds_no_nonzeros_to_nonnegative_tokens(entries):
 
 @given(seeds, st.integers(1, 6))
 def test_equal_heads_share_one_step(seed, components):
-    """Said below thm-layers-descent: norm K; beyond 2 / K a small token's rate rises."""
+    """Said below thm-layers-descent: norm K; beyond 2 / K a small
+    token's rate rises.
+    """
     g = seeded(seed)
     basis = random_bases(8, 1, 2, generator=g, dtype=F64)
     bases = basis.repeat(components, 1, 1)
