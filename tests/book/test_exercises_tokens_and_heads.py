@@ -79,6 +79,7 @@ def test_random_heads_keep_inner_products(dim, rank, seed):
     product = float(x @ y)
     variance = float((x @ x) * (y @ y) + product**2) / rank
     assert abs(float(inner.mean()) - product) < 5 * math.sqrt(variance / draws)
-    # the fourth moment of a product of two normal numbers is below 105 times its scale^4
+    # the fourth moment of a product of two normal numbers is below 105 times its
+    # scale^4
     spread = math.sqrt(105 * float((x @ x) * (y @ y)) ** 2 / draws)
     assert abs(float(inner.var()) - variance) < 5 * spread
