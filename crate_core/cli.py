@@ -21,6 +21,7 @@ from crate_core.options import (
     Data,
     Evaluate,
     Inspect,
+    Prepare,
     Preset,
     Probe,
     Reconstruct,
@@ -45,6 +46,7 @@ commands:
   pretrain      train on digits, a folder, a torchvision or Hugging Face dataset; go on
                 with a run that was cut off
   data          what is understood of data, with a sheet of its pictures
+  prepare       a resized copy of a large data set (raw ImageNet), in shards or folders
   probe         linear probe and neighbours at any size, on features computed once
   evaluate      probes, neighbours, fine-tuning beside their controls; reconstruction by
                 masking ratio
@@ -171,6 +173,19 @@ def run_data(arguments: Sequence[str], command: str) -> None:
         sheet = contact_sheet(data, size, options.channels, options.count, print)
         atomic_write(Path(options.output), sheet)
         print(f"saved in {options.output}")
+
+
+def run_prepare(arguments: Sequence[str], command: str) -> None:
+    """``crate prepare``."""
+    del command  # the copy records its settings
+    options = parse(Prepare, "prepare", arguments, positional=True)
+    from dataclasses import asdict
+
+    from crate_core.data.prepare import PrepareConfig, prepare
+
+    cores = os.cpu_count() or 1
+    given = asdict(options) | {"workers": options.workers or cores}
+    prepare(PrepareConfig(**given))
 
 
 def run_probe(arguments: Sequence[str], command: str) -> None:
@@ -362,6 +377,7 @@ def run_convert(arguments: Sequence[str], command: str) -> None:
 COMMANDS: dict[str, Callable[[Sequence[str], str], None]] = {
     "pretrain": run_pretrain,
     "data": run_data,
+    "prepare": run_prepare,
     "probe": run_probe,
     "evaluate": run_evaluate,
     "reconstruct": run_reconstruct,
@@ -405,8 +421,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return fail(
-            f"crate {name}: interrupted; the same command again continues a "
-            "pretraining run",
+            f"crate {name}: interrupted; the same command again continues where "
+            "pretraining or preparing was",
             130,
         )
     except ModuleNotFoundError as error:

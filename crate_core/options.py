@@ -32,8 +32,8 @@ class Evaluate:
     a Hugging Face Hub id.
     """
     data: str | None = None
-    """digits, folder:PATH, torchvision:NAME, hf:NAME-OR-PARQUET-PATH; None takes the
-    data of the run.
+    """digits, folder:PATH, shards:PATH, torchvision:NAME, hf:NAME-OR-PARQUET-PATH; None
+    takes the data of the run.
     """
     seeds: int = 5
     """Probes of each kind; a seed draws the few labels, validation splits and untrained
@@ -75,7 +75,9 @@ class Data:
     """
 
     source: str
-    """SOURCE: digits, folder:PATH, torchvision:NAME, hf:NAME-OR-PARQUET-PATH."""
+    """SOURCE: digits, folder:PATH, shards:PATH, torchvision:NAME,
+    hf:NAME-OR-PARQUET-PATH.
+    """
     output: str | None = None
     """The contact sheet to write, PNG."""
     count: int = 8
@@ -101,8 +103,8 @@ class Reconstruct:
     images: tuple[str, ...] = ()
     """Image files; brought to the model's size and channels."""
     data: str | None = None
-    """Instead of files: held-out pictures of digits, folder:PATH, torchvision:NAME,
-    hf:NAME-OR-PARQUET-PATH.
+    """Instead of files: held-out pictures of digits, folder:PATH, shards:PATH,
+    torchvision:NAME, hf:NAME-OR-PARQUET-PATH.
     """
     output: str = "reconstructions.png"
     """The picture to write."""
@@ -130,8 +132,8 @@ class Inspect:
     images: tuple[str, ...] = ()
     """Image files; brought to the model's size and channels."""
     data: str | None = None
-    """Instead of files: held-out pictures of digits, folder:PATH, torchvision:NAME,
-    hf:NAME-OR-PARQUET-PATH.
+    """Instead of files: held-out pictures of digits, folder:PATH, shards:PATH,
+    torchvision:NAME, hf:NAME-OR-PARQUET-PATH.
     """
     output: str = "report.html"
     """The page to write; pictures are inside it."""
@@ -209,5 +211,38 @@ class Probe:
     """Processes that read pictures."""
     output: str | None = None
     """The JSON file; None writes probe.json beside the checkpoint."""
+    max_unreadable: float = 0.1
+    """Stop if a larger share of a part's pictures cannot be read."""
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """A resized copy of a data set for training, as folders, tar or parquet shards; the
+    same command again goes on with one that was cut off.
+
+    Train with --data shards:OUTDIR, or folder:OUTDIR.
+    """
+
+    source: str
+    """SOURCE: a folder of pictures, class folders with or without train/ and val/; or
+    of ImageNet's archives.
+    """
+    output_dir: str
+    """OUTDIR: folder to write."""
+    side: int = 256
+    """Shorter side in pixels; smaller pictures are not enlarged."""
+    quality: int = 90
+    """Of the JPEG files, 1 to 100."""
+    format: Literal["folders", "parquet", "tar"] = "tar"
+    """tar and parquet shards hold many pictures in one file."""
+    labels: str | None = None
+    """Classes of a flat val/: the devkit, or a file with a class a line in the order of
+    the sorted names, or a name and its class; looked for in SOURCE and above unless
+    given.
+    """
+    shard_size: int = 1000
+    """Pictures in a shard."""
+    workers: int = 0
+    """Processes; 0 takes all cores."""
     max_unreadable: float = 0.1
     """Stop if a larger share of a part's pictures cannot be read."""

@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -71,10 +71,14 @@ def picture_key(seed: int, epoch: int, index: int) -> int:
     return mixed(epoch_key(seed, epoch) ^ mixed(index))
 
 
+class Order(Protocol):
+    """Where position q of the endless stream points: (epoch, picture)."""
+
+    def __getitem__(self, position: int) -> tuple[int, int]: ...
+
+
 class EpochOrder:
-    """Where position q of the endless stream points: (epoch, picture), with one
-    permutation per (seed, epoch).
-    """
+    """One permutation of all pictures per (seed, epoch)."""
 
     def __init__(self, count: int, seed: int) -> None:
         self.count, self.seed = count, seed
@@ -93,20 +97,24 @@ class EpochOrder:
 
 class StepBatches(Sampler[list[tuple[int, int]]]):
     """For each step from ``start`` to ``stop``, this process's share of the global
-    batch as (epoch, picture) pairs.
+    batch as (epoch, picture) pairs, in micro-batches: what one loader process builds at
+    a time.
 
     Parameters
     ----------
     count : number of pictures.
-    batch_size : global batch size, all processes together; a multiple of ``processes``.
+    batch_size : global batch size, all processes together; a multiple of ``processes``
+        times ``accumulate``.
     seed : of the run.
     start, stop : first step, and the step after the last.
     process, processes : which slice of each batch.
+    accumulate : lists per step.
+    order : of the pictures; :class:`EpochOrder` unless given.
 
     Raises
     ------
     ValueError
-        If the batch size is not a multiple of the number of processes.
+        If the batch size is not such a multiple.
     """
 
     def __init__(
@@ -118,31 +126,46 @@ class StepBatches(Sampler[list[tuple[int, int]]]):
         stop: int,
         process: int = 0,
         processes: int = 1,
+        accumulate: int = 1,
+        order: Order | None = None,
     ) -> None:
-        if batch_size % processes:
-            raise ValueError(
-                f"batch_size={batch_size} must be a multiple of the number of processes, {processes}"
-            )
-        self.order, self.batch_size = EpochOrder(count, seed), batch_size
+        self.order = EpochOrder(count, seed) if order is None else order
+        self.batch_size = batch_size
         self.start, self.stop = start, stop
-        self.rows = local_rows(batch_size, process, processes)
+        self.parts = micro_batches(batch_size, process, processes, accumulate)
 
     def __len__(self) -> int:
-        return max(0, self.stop - self.start)
+        return max(0, self.stop - self.start) * len(self.parts)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for step in range(self.start, self.stop):
             first = step * self.batch_size
-            yield [
-                self.order[first + row]
-                for row in range(self.rows.start, self.rows.stop)
-            ]
+            for rows in self.parts:
+                yield [self.order[first + row] for row in rows]
 
 
 def local_rows(batch_size: int, process: int, processes: int) -> slice:
     """Rows of the global batch that one process works on."""
     share = batch_size // processes
     return slice(process * share, (process + 1) * share)
+
+
+def micro_batches(
+    batch_size: int, process: int, processes: int, accumulate: int
+) -> list[range]:
+    """Rows of the global batch that one process works on, micro-batch by micro-batch.
+
+    Raises ``ValueError`` unless all have the same size.
+    """
+    if batch_size % (processes * accumulate):
+        by = f" times accumulate, {accumulate}" if accumulate > 1 else ""
+        raise ValueError(
+            f"batch_size={batch_size} must be a multiple of the number of processes, "
+            f"{processes}{by}"
+        )
+    mine = local_rows(batch_size, process, processes)
+    size = batch_size // (processes * accumulate)
+    return [range(row, row + size) for row in range(mine.start, mine.stop, size)]
 
 
 @dataclass(frozen=True)

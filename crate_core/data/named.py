@@ -1,5 +1,5 @@
-r"""Opening data by name: digits (embedded), image folders, torchvision and Hugging Face
-datasets.
+r"""Opening data by name: digits (embedded), image folders, prepared shards, torchvision
+and Hugging Face datasets.
 
 The libraries that exist for the last two are used, and imported only when they are
 asked for.
@@ -25,6 +25,7 @@ from crate_core.data.parts import (
     visible_parquet,
 )
 from crate_core.data.pictures import Picture, as_shown, open_picture
+from crate_core.data.shards import shards
 from crate_core.data.sources import (
     HELD_OUT,
     ImageData,
@@ -473,12 +474,12 @@ def class_numbers(
 
 
 def open_data(spec: str, root: str | Path = "data", labels: bool = True) -> ImageData:
-    """Open ``digits``, ``folder:PATH``, ``torchvision:NAME`` or
+    """Open ``digits``, ``folder:PATH``, ``shards:PATH``, ``torchvision:NAME`` or
     ``hf:NAME-OR-PARQUET-PATH``.
 
     Parameters
     ----------
-    spec : one of the four forms.
+    spec : one of the five forms.
     root : where torchvision datasets lie or are downloaded to.
     labels : whether the column of labels of a table is read; pretraining does not.
 
@@ -498,14 +499,15 @@ def open_data(spec: str, root: str | Path = "data", labels: bool = True) -> Imag
     kind, _, location = spec.partition(":")
     if spec == "digits":
         return digits()
-    if kind in ("folder", "torchvision", "hf") and location:
-        if kind == "folder":
-            return folder(location)
+    if kind in ("folder", "shards", "torchvision", "hf") and location:
+        if kind in ("folder", "shards"):
+            return folder(location) if kind == "folder" else shards(location)
         return (
             torchvision_data(location, root)
             if kind == "torchvision"
             else hugging_face(location, labels)
         )
     raise ValueError(
-        f"data={spec!r}: accepted are digits, folder:PATH, torchvision:NAME, hf:NAME-OR-PARQUET-PATH"
+        f"data={spec!r}: accepted are digits, folder:PATH, shards:PATH, "
+        "torchvision:NAME, hf:NAME-OR-PARQUET-PATH"
     )

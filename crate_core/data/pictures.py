@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from PIL import ExifTags, Image, ImageCms
+from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 from torch import Tensor
 
 Augmentation = Literal["none", "crop_flip", "crop_blur_solarize"]
@@ -100,7 +100,12 @@ def open_picture(file: str | Path | io.BytesIO) -> Image.Image:
     Raises whatever Pillow's decoders raise, which is no short list: callers go through
     :meth:`crate_core.data.sources.ImageSource.read`.
     """
-    with Image.open(file, formats=formats()) as image:
+    try:
+        opened = Image.open(file, formats=formats())
+    except UnidentifiedImageError as error:
+        # Pillow names the file, or the place in memory where its bytes were
+        raise UnidentifiedImageError("no format that Pillow decodes here") from error
+    with opened as image:
         image.load()
         return as_shown(image)
 

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from crate_core.data.batches import Batch, TrainingPictures, local_rows
+from crate_core.data.batches import Batch, TrainingPictures, micro_batches
 from crate_core.data.named import (
     cell_file,
     damaged_shard,
@@ -136,7 +136,7 @@ class StreamedImages(ImageSource):
 
 class StreamedBatches(Sampler[list[tuple[int, Row]]]):
     """For each step from ``start`` to ``stop``, this process's share of the global
-    batch as (epoch, row) pairs.
+    batch as (epoch, row) pairs, in micro-batches.
 
     Parameters and errors as those of :class:`crate_core.data.batches.StepBatches`, with
     the source in place of the count.
@@ -151,17 +151,14 @@ class StreamedBatches(Sampler[list[tuple[int, Row]]]):
         stop: int,
         process: int = 0,
         processes: int = 1,
+        accumulate: int = 1,
     ) -> None:
-        if batch_size % processes:
-            raise ValueError(
-                f"batch_size={batch_size} must be a multiple of the number of processes, {processes}"
-            )
         self.source, self.batch_size, self.seed = source, batch_size, seed
         self.start, self.stop = start, stop
-        self.rows = local_rows(batch_size, process, processes)
+        self.parts = micro_batches(batch_size, process, processes, accumulate)
 
     def __len__(self) -> int:
-        return max(0, self.stop - self.start)
+        return max(0, self.stop - self.start) * len(self.parts)
 
     def endless(self) -> Iterator[tuple[int, Row]]:
         """The rows from the first one of step ``start`` on, epoch after epoch."""
@@ -176,9 +173,10 @@ class StreamedBatches(Sampler[list[tuple[int, Row]]]):
 
     def __iter__(self) -> Iterator[list[tuple[int, Row]]]:
         rows = self.endless()
-        for _ in range(len(self)):
+        for _ in range(self.start, self.stop):
             batch = list(itertools.islice(rows, self.batch_size))
-            yield batch[self.rows]
+            for part in self.parts:
+                yield batch[part.start : part.stop]
 
 
 class OneBatch(TrainingPictures):

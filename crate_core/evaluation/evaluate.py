@@ -53,10 +53,13 @@ def run_data(checkpoint: str | Path) -> tuple[str, str]:
     # Relative names count from where the run was started, if they lie there.
     start = Path(checkpoint) / owner.get("starts", [{}])[-1].get("started_from", ".")
     kind, colon, location = spec.partition(":")
-    if kind in ("folder", "hf") and not Path(location).expanduser().is_absolute():
+    if (
+        kind in ("folder", "shards", "hf")
+        and not Path(location).expanduser().is_absolute()
+    ):
         if (start / location).exists():
             spec = kind + colon + os.path.normpath(start / location)
-        elif kind == "folder" and not Path(location).exists():
+        elif kind in ("folder", "shards") and not Path(location).exists():
             raise FileNotFoundError(
                 f"{record} names the data {spec!r} relative to where the run was "
                 f"started, and there is no such folder there or here: give --data"

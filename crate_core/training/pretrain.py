@@ -12,7 +12,7 @@ Book: :ref:`ch-first-training`, :ref:`ch-pretraining`.
 import importlib
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from crate_core.data.batches import (
+    Batch,
     StepBatches,
     TrainingPictures,
     UnreadableCount,
@@ -32,6 +33,7 @@ from crate_core.data.batches import (
     some_pictures,
 )
 from crate_core.data.named import open_data
+from crate_core.data.shards import order_of
 from crate_core.data.sources import ImageData
 from crate_core.data.streamed import (
     StreamedBatches,
@@ -44,7 +46,6 @@ from crate_core.keys import evaluation_noise, mask_noise
 from crate_core.model.autoencoder import MaskedAutoencoder
 from crate_core.model.build import fresh_model
 from crate_core.records import device_name, provenance, write_json
-from crate_core.shapes import Pictures
 from crate_core.training.checks import check_compiler
 from crate_core.training.devices import (
     clip_gradient,
@@ -308,11 +309,14 @@ class Trainer:
         """Whether each process holds a share of the model only."""
         return isinstance(self.wrapped, FSDPModule)
 
-    def batches(self) -> Iterable[Any]:
-        """The batches of the steps that are left, this process's share."""
+    def batches(self) -> Iterable[Batch]:
+        """The micro-batches of the steps that are left, this process's share."""
         config, accelerator = self.config, self.accelerator
         share = (accelerator.process_index, accelerator.num_processes)
-        remaining = (config.batch_size, config.seed, self.step, self.plan.steps, *share)
+        remaining = (
+            *(config.batch_size, config.seed, self.step, self.plan.steps),
+            *(*share, config.accumulate),
+        )
         pictures = (
             self.data.train,
             config.model.image_shape,
@@ -320,29 +324,24 @@ class Trainer:
             config.augmentation,
             config.seed,
         )
-        if config.batch_size % (accelerator.num_processes * config.accumulate):
-            raise ValueError(
-                f"batch_size={config.batch_size} must be a multiple of processes times "
-                "accumulate, "
-                f"{accelerator.num_processes} x {config.accumulate}"
-            )
         if isinstance(self.data.train, StreamedImages):
             dataset: TrainingPictures = StreamedPictures(*pictures)
             order: StreamedBatches | StepBatches = StreamedBatches(
                 self.data.train, *remaining
             )
         else:
+            own = order_of(self.data.train, config.seed, config.batch_size)
             dataset, order = (
                 TrainingPictures(*pictures),
-                StepBatches(self.count, *remaining),
+                StepBatches(self.count, *remaining, own),
             )
         return loader(
             dataset, order, config.workers, pin=accelerator.device.type == "cuda"
         )
 
-    def update(self, images: Pictures) -> tuple[Tensor, Tensor]:
-        """One step on this process's pictures in [0, 1]: the loss before it and the
-        norm of its gradient.
+    def update(self, batches: Iterator[Batch]) -> tuple[Tensor, Tensor]:
+        """One step on the next micro-batches of this process: the loss before it and
+        the norm of its gradient.
         """
         config, accelerator = self.config, self.accelerator
         device = accelerator.device
@@ -355,15 +354,14 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.plan.lr(self.step)
         losses = []
-        micro = len(images) // config.accumulate
-        for i, (pictures, chances) in enumerate(
-            zip(images.split(micro), noise.split(micro), strict=True)
-        ):
+        for i, chances in enumerate(noise.split(len(noise) // config.accumulate)):
+            batch = next(batches)
+            self.unreadable.add(batch, self.report_unreadable)
             with gradient_sync(
                 self.wrapped, accelerator, wanted=i == config.accumulate - 1
             ):
                 standardized = self.model.standardize(
-                    pictures.to(device, non_blocking=True)
+                    batch.images.to(device, non_blocking=True)
                 )
                 loss = self.forward(
                     standardized, config.mask_ratio, chances.to(device)
@@ -396,9 +394,9 @@ class Trainer:
                 self.run, self.plan, self.step, progress, main, self.report
             ) as shown,
         ):
-            for batch in self.batches():
-                self.unreadable.add(batch, self.report_unreadable)
-                self.pending.append(torch.stack(self.update(batch.images)).float())
+            batches = iter(self.batches())
+            while self.step < self.plan.steps:
+                self.pending.append(torch.stack(self.update(batches)).float())
                 self.step += 1
                 last = self.step == self.plan.steps
                 stop = signals.agreed() and not last

@@ -91,7 +91,9 @@ class PretrainConfig:
     output_dir: str = ""
     """Where weights, config, logs and checkpoints go; runs/PRESET unless given."""
     data: str = FROM_PRESET
-    """digits, folder:PATH, torchvision:NAME, or hf:NAME-OR-PARQUET-PATH."""
+    """digits, folder:PATH, shards:PATH (which crate prepare writes), torchvision:NAME,
+    or hf:NAME-OR-PARQUET-PATH.
+    """
     model: ModelConfig = FROM_PRESET
     """The model; image_size is what pictures are cropped to."""
     epochs: float = FROM_PRESET

@@ -110,7 +110,7 @@ def real_data(spec: str, start: Path) -> str:
     """
     kind, colon, location = spec.partition(":")
     path = start / Path(location).expanduser()
-    if kind in ("folder", "hf") and path.exists():
+    if kind in ("folder", "shards", "hf") and path.exists():
         return kind + colon + str(path.resolve())
     return spec
 

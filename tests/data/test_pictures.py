@@ -269,3 +269,12 @@ def test_whatever_a_decoder_raises_is_that_pictures(error: type[Exception]) -> N
 
     with pytest.raises(UnreadableImageError, match=r"the file 0: .*by a plugin"):
         Raising(b"").read(0)
+
+
+def test_what_is_said_of_an_unknown_format_is_the_same_each_time() -> None:
+    said = set()
+    for _ in range(3):
+        with pytest.raises(UnreadableImageError) as caught:
+            OneFile(b"no picture").read(0)
+        said.add(str(caught.value))
+    assert said == {"the file 0: no format that Pillow decodes here"}

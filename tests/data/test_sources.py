@@ -169,7 +169,8 @@ def test_a_flat_held_out_folder_has_no_labels(tmp_path: Path) -> None:
 @pytest.mark.parametrize("spec", ["", "folder:", "digit", "zip:x", "torchvision:"])
 def test_unknown_form_of_data(spec: str) -> None:
     with pytest.raises(
-        ValueError, match=r"accepted are digits, folder:PATH, torchvision:NAME, hf:NAME"
+        ValueError,
+        match=r"accepted are digits, folder:PATH, shards:PATH, torchvision:NAME, hf:NAME",
     ):
         open_data(spec)
 

@@ -79,7 +79,7 @@ def test_a_run_that_is_ended_has_its_log_in_the_file(tmp_path: Path) -> None:
         status = process.wait()
     assert running
     assert status == 75
-    assert all(f"{path}: cannot identify" in said.read_text() for path in bad)
+    assert all(f"{path}: no format" in said.read_text() for path in bad)
     (line,) = errors.read_text().splitlines()
     assert "SIGTERM ended the run after step" in line
 

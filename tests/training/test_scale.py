@@ -68,7 +68,7 @@ def first_gradient(config: PretrainConfig) -> dict[str, Tensor]:
     trainer.optimizer.step = lambda: taken.update(
         {n: p.grad.clone() for n, p in trainer.model.named_parameters()}
     )
-    trainer.update(next(iter(trainer.batches())).images)
+    trainer.update(iter(trainer.batches()))
     return taken
 
 
@@ -163,7 +163,7 @@ def run(name, **fields):
                 gradient = p.grad.full_tensor() if trainer.sharded else p.grad
                 taken[parameter_name.removeprefix("module.")] = gradient.clone()
         trainer.optimizer.step = step
-        trainer.update(next(iter(trainer.batches())).images)
+        trainer.update(iter(trainer.batches()))
         if first:
             save_file(taken, root / f"{name}.safetensors")
     else:
