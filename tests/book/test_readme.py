@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from crate_core.cli import COMMANDS
+
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
 
@@ -78,6 +80,11 @@ def test_crate_commands_run_as_printed(tmp_path: Path) -> None:
         assert finished.returncode == 0, finished.stderr
     made = {file.name for file in (tmp_path / "runs" / "digits").iterdir()}
     assert made >= {"model.safetensors", "evaluation.json", "report.html"}
+
+
+def test_every_command_is_in_the_table() -> None:
+    rows = re.findall(r"^\| `(\w+)[^`]*` \|", README, re.M)
+    assert sorted(rows) == sorted(COMMANDS)
 
 
 def test_named_files_exist() -> None:
