@@ -76,7 +76,6 @@ OLD_CLAIMS = {
     "layer_by_layer": 18,
     "open_questions": 17,
     "pretraining": 9,
-    "structured_ode": 23,
     "ten_questions": 5,
 }
 """How many claims of a chapter still refuse nothing: delete its line when it is

@@ -57,7 +57,6 @@ GREEK = [
 ]
 LEFT = {
     "coding_rate": {r"\delta", r"\mathcal R", "S"},
-    "structured_ode": {r"\delta", "u"},
     "ista": {"S", "u"},
     "cost": {"N"},
 }
@@ -65,7 +64,6 @@ LEFT = {
 LEFT_FIRST = 3
 LEFT_EARLY = {
     "coding_rate": {r"\alpha", r"\lambda", "D", "H", "r"},
-    "structured_ode": {"Y"},
 }
 """Likewise, letters that mean something else later in the book."""
 FREE = {"f"}
