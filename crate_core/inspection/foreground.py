@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from scipy.stats import rankdata
 from torch import Tensor
 
 from crate_core.shapes import HeadMaps, ObjectMaps, ObjectMask, PerMap, Scalars
@@ -90,12 +91,9 @@ def area_under_curve(maps: HeadMaps, mask: ObjectMask) -> PerMap:
     maps, mask = maps.cpu(), mask.cpu()
     flat = maps.double().flatten(2).flatten(0, 1)
     inside = mask.flatten(1).repeat_interleave(heads, 0)
-    ordered, order = flat.sort(dim=-1)
-    # Mean rank of equal values: half of those below, and half of those not above.
-    low = torch.searchsorted(ordered, ordered, right=False)
-    high = torch.searchsorted(ordered, ordered, right=True)
-    ranks = (low + high + 1).double() / 2  # counted from 1
-    rank_sum = (ranks * inside.gather(-1, order)).sum(-1)
+    # counted from 1, equal values sharing their mean rank
+    ranks = torch.from_numpy(rankdata(flat.numpy(), axis=-1))
+    rank_sum = (ranks * inside).sum(-1)
     positive = inside.sum(-1).double()
     negative = inside.shape[-1] - positive
     return ((rank_sum - positive * (positive + 1) / 2) / (positive * negative)).reshape(
