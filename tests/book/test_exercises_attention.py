@@ -108,7 +108,7 @@ def with_nonnegative_codes(seed: int):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_subtracting_the_mean_mends_nonnegative_codes(seed):
-    """ex-attention-centre; with 4 heads only 3 had to pay for the mean, so less is won."""
+    """ex-attention-centre; with 4 heads only 3 paid for the mean: less is won."""
     bases, noisy, clean = with_nonnegative_codes(seed)
     v = head_coordinates(noisy, bases)
     left = {"plain": [], "mended": []}
