@@ -72,7 +72,6 @@ OLD_CLAIMS = {
     "comparison": 9,
     "cost": 12,
     "evaluation": 10,
-    "first_training": 9,
     "layer_by_layer": 18,
     "open_questions": 17,
     "pretraining": 9,
