@@ -73,7 +73,6 @@ OLD_CLAIMS = {
     "cost": 12,
     "evaluation": 10,
     "layer_by_layer": 18,
-    "open_questions": 17,
     "pretraining": 9,
     "ten_questions": 5,
 }
