@@ -54,8 +54,8 @@ from crate_core.model.build import build_model, fresh_model, load_model
 from crate_core.model.config import CrateMAEConfig, ModelConfig, ViTMAEConfig
 from crate_core.model.cost import operation_counter
 from crate_core.records import device_name, provenance, write_json
+from crate_core.training.loop import TrainingDivergedError
 from crate_core.training.pretrain import (
-    TrainingDivergedError,
     pretrain,
 )
 from crate_core.training.recipe import Plan, PretrainConfig

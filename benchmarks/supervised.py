@@ -4,9 +4,9 @@ masking.
     python benchmarks/supervised.py --data hf:PATH/cifar10-train.parquet --epochs 6
     --seed 0 --output DIR
 
-Writes ``DIR/config.json`` and ``DIR/model.safetensors`` (a model that every tool here
-opens; its decoder is untrained) and ``DIR/summary.json`` (curve, held-out accuracy,
-provenance).  bf16 and compiled, on one core; ``--preset cifar10-tiny-vit`` trains the
+Writes a fine-tuning run, ``DIR/config.json`` and ``DIR/model.safetensors`` (whose
+encoder every tool here opens; its decoder is untrained) and ``DIR/summary.json``
+(held-out accuracy, provenance).  bf16 and compiled, on one core; ``--preset cifar10-tiny-vit`` trains the
 ViT instead, ``--precision fp32 --no-compile`` is the plain run.
 """
 
@@ -15,14 +15,10 @@ import shlex
 import sys
 from pathlib import Path
 
-import torch
-
-from crate_core.data.named import open_data
-from crate_core.evaluation.finetune import FinetuneConfig, finetune
+from crate_core.evaluation.finetune import finetune
+from crate_core.evaluation.finetune_recipe import FinetuneConfig
 from crate_core.model.build import fresh_model
-from crate_core.records import device_name, provenance, write_json
 from crate_core.training.recipe import PretrainConfig
-from crate_core.training.run_directory import SUMMARY_FILE
 
 
 def main() -> None:
@@ -44,33 +40,23 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
 
-    # Taken now: a checkout can move on while the run goes on.
     command = shlex.join(["python", "benchmarks/supervised.py", *sys.argv[1:]])
-    origin = provenance(command, device_name(torch.device(options.device)))
     config = FinetuneConfig(
+        "cifar10",
+        data=options.data,
+        from_scratch=True,
+        output_dir=str(options.output),
+        batch_size=256,
         epochs=options.epochs,
         warmup_ratio=min(1 / options.epochs, 1 / 6),
         lr=options.lr,
-        layer_decay=1.0,
         seed=options.seed,
         precision=options.precision,
         compile=not options.no_compile,
+        device=options.device,
     )
-    model = fresh_model(
-        PretrainConfig.from_preset(options.preset).model, options.seed
-    ).to(options.device)
-    result = finetune(
-        model,
-        open_data(options.data),
-        config,
-        report=lambda line: print(line, flush=True),
-    )
-    model.save_pretrained(options.output)
-    write_json(
-        options.output / SUMMARY_FILE,
-        {**result.to_dict(), "seed": options.seed, **origin},
-    )
-    print(f"saved in {options.output}")
+    model = fresh_model(PretrainConfig.from_preset(options.preset).model, options.seed)
+    finetune(config, command=command, model=model)
 
 
 if __name__ == "__main__":

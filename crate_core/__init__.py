@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from crate_core.data.named import open_data as open_data
     from crate_core.evaluation.evaluate import evaluate as evaluate
-    from crate_core.evaluation.finetune import FinetuneConfig as FinetuneConfig
     from crate_core.evaluation.finetune import finetune as finetune
+    from crate_core.evaluation.finetune_recipe import FinetuneConfig as FinetuneConfig
     from crate_core.model.attention import MSSA as MSSA
     from crate_core.model.attention import attend as attend
     from crate_core.model.attention import attention_weights as attention_weights
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from crate_core.model.autoencoder import CrateMAEOutput as CrateMAEOutput
     from crate_core.model.autoencoder import Reconstruction as Reconstruction
     from crate_core.model.build import load_model as load_model
+    from crate_core.model.classifier import Classifier as Classifier
     from crate_core.model.config import PRESETS as PRESETS
     from crate_core.model.config import CrateMAEConfig as CrateMAEConfig
     from crate_core.model.config import ViTMAEConfig as ViTMAEConfig
@@ -119,6 +120,7 @@ EXPORTS = {
         "Reconstruction",
     ),
     "model.build": ("load_model",),
+    "model.classifier": ("Classifier",),
     "model.config": (
         "PRESETS",
         "CrateMAEConfig",
@@ -150,10 +152,8 @@ TRAIN_EXPORTS = {
     "training.pretrain": ("pretrain",),
     "training.recipe": ("PretrainConfig",),
     "evaluation.evaluate": ("evaluate",),
-    "evaluation.finetune": (
-        "FinetuneConfig",
-        "finetune",
-    ),
+    "evaluation.finetune": ("finetune",),
+    "evaluation.finetune_recipe": ("FinetuneConfig",),
 }
 """Those that need the [train] extra; ``from crate_core import *`` leaves them out."""
 

@@ -45,6 +45,7 @@ CRATE-MAE: white-box masked autoencoding.
 commands:
   pretrain      train on digits, a folder, a torchvision or Hugging Face dataset; go on
                 with a run that was cut off
+  finetune      train an encoder whole, with labels; go on with a run that was cut off
   data          what is understood of data, with a sheet of its pictures
   prepare       a resized copy of a large data set (raw ImageNet), in shards or folders
   probe         linear probe and neighbours at any size, on features computed once
@@ -119,22 +120,40 @@ def box_text(box: str) -> str:
     return " ".join(paragraph) or " ".join(text.split())
 
 
-def run_pretrain(arguments: Sequence[str], command: str) -> None:
-    """``crate pretrain``."""
+def parse_run(
+    kind: Callable[[str], Command], name: str, arguments: Sequence[str]
+) -> Command:
+    """The configuration of a run, whose preset says the other options' defaults."""
     import tyro
 
-    from crate_core.training.recipe import PretrainConfig
-
-    # The preset comes first, as the other options' defaults are its; tyro's overridable
-    # configurations would make it a subcommand instead of an option.
+    # The preset comes first; tyro's overridable configurations would make it a
+    # subcommand instead of an option.
     with usage_errors():
         given, _ = tyro.cli(
             Preset, args=list(arguments), return_unknown_args=True, add_help=False
         )
-    config = parse(PretrainConfig, "pretrain", arguments, PretrainConfig(given.preset))
+    default = kind(given.preset)
+    return parse(type(default), name, arguments, default)
+
+
+def run_pretrain(arguments: Sequence[str], command: str) -> None:
+    """``crate pretrain``."""
+    from crate_core.training.recipe import PretrainConfig
+
+    config = parse_run(PretrainConfig, "pretrain", arguments)
     from crate_core.training.pretrain import pretrain
 
     pretrain(config, command=command)
+
+
+def run_finetune(arguments: Sequence[str], command: str) -> None:
+    """``crate finetune``."""
+    from crate_core.evaluation.finetune_recipe import FinetuneConfig
+
+    config = parse_run(FinetuneConfig, "finetune", arguments)
+    from crate_core.evaluation.finetune import finetune_seeds
+
+    finetune_seeds(config, command=command)
 
 
 def run_data(arguments: Sequence[str], command: str) -> None:
@@ -240,19 +259,22 @@ def run_evaluate(arguments: Sequence[str], command: str) -> None:
         save_evaluation,
         table,
     )
-    from crate_core.evaluation.finetune import FinetuneConfig
+    from crate_core.evaluation.finetune_recipe import FinetuneConfig
 
+    if options.finetune is None and options.finetune_epochs is not None:
+        raise UsageError("--finetune-epochs: accepted with --finetune PRESET")
+    epochs = options.finetune_epochs
     fine_tuning = (
-        FinetuneConfig(
-            epochs=options.finetune_epochs,
-            warmup_ratio=0.1,
-            lr=options.finetune_lr,
-            batch_size=options.finetune_batch_size,
-            precision=options.finetune_precision,
+        None
+        if options.finetune is None
+        else FinetuneConfig.from_preset(
+            options.finetune,
+            **({} if epochs is None else {"epochs": epochs}),
+            seeds=options.finetune_seeds,
+            device=options.device,
             workers=options.workers,
+            max_unreadable=options.max_unreadable,
         )
-        if options.finetune_epochs
-        else None
     )
     record = evaluate(
         options.checkpoint,
@@ -376,6 +398,7 @@ def run_convert(arguments: Sequence[str], command: str) -> None:
 
 COMMANDS: dict[str, Callable[[Sequence[str], str], None]] = {
     "pretrain": run_pretrain,
+    "finetune": run_finetune,
     "data": run_data,
     "prepare": run_prepare,
     "probe": run_probe,
@@ -422,7 +445,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return fail(
             f"crate {name}: interrupted; the same command again continues where "
-            "pretraining or preparing was",
+            "pretraining, fine-tuning or preparing was",
             130,
         )
     except ModuleNotFoundError as error:

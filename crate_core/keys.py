@@ -4,6 +4,9 @@ state.
 Book: :ref:`ch-first-training`.
 """
 
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import IntEnum
 
 import numpy as np
@@ -21,6 +24,8 @@ class Stream(IntEnum):
     SUBSTITUTE = 3
     EVALUATION_MASK = 4
     PROBE = 5
+    MIX = 6
+    DROP = 7
 
 
 def random_key(*numbers: int) -> int:
@@ -33,6 +38,26 @@ def random_key(*numbers: int) -> int:
 def random_generator(*numbers: int) -> torch.Generator:
     """A torch generator on the CPU seeded by :func:`random_key`."""
     return torch.Generator().manual_seed(random_key(*numbers))
+
+
+@contextmanager
+def seeded(*numbers: int) -> Iterator[None]:
+    """The global generators of Python, numpy and torch (on the CPU) seeded by
+    :func:`random_key`, and put back afterwards: for libraries that draw from them.
+    """
+    key = random_key(*numbers)
+    # numpy's legacy state is what such libraries draw from
+    old = np.random.get_state()  # noqa: NPY002
+    before = random.getstate(), torch.get_rng_state()
+    random.seed(key)
+    np.random.seed(key % 2**32)  # noqa: NPY002
+    torch.default_generator.manual_seed(key)
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(old)  # noqa: NPY002
+        torch.set_rng_state(before[1])
 
 
 def mask_noise(

@@ -1,5 +1,5 @@
-"""Options of the ``crate`` command beside those of ``pretrain``; their docstrings are
-what ``--help`` shows.
+"""Options of the ``crate`` command beside those of ``pretrain`` and ``finetune``; their
+docstrings are what ``--help`` shows.
 
 Book: :ref:`ch-evaluation`.
 """
@@ -12,9 +12,7 @@ Device = Literal["auto", "cpu", "cuda", "mps"]
 
 @dataclass(frozen=True)
 class Preset:
-    """The recipe of a pretraining run, on which the defaults of its other options
-    depend.
-    """
+    """The recipe of a run, on which the defaults of its other options depend."""
 
     preset: str = "digits"
 
@@ -47,16 +45,14 @@ class Evaluate:
     """Fit linear probes."""
     neighbours: bool = True
     """Let nearest neighbours vote."""
-    finetune_epochs: float = 0.0
-    """Also fine-tune for so many epochs, beside the same network from scratch, once for
-    each seed.
+    finetune: str | None = None
+    """Also fine-tune by this recipe, a preset of crate finetune, beside the same
+    network from scratch.
     """
-    finetune_lr: float = 1e-3
-    """Base learning rate of fine-tuning; the peak is this times batch size over 256."""
-    finetune_batch_size: int = 256
-    """Pictures in a step of fine-tuning."""
-    finetune_precision: Literal["fp32", "bf16"] = "fp32"
-    """fp32, or autocast to bf16."""
+    finetune_epochs: float | None = None
+    """Epochs of fine-tuning in place of the preset's."""
+    finetune_seeds: int = 1
+    """Runs of fine-tuning, and of its control."""
     device: Device = "auto"
     """auto takes a GPU when there is one."""
     workers: int = 0

@@ -16,7 +16,7 @@ Book: :ref:`ch-first-training`.
 
 import signal
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any, Protocol
@@ -132,7 +132,9 @@ class StepBatches(Sampler[list[tuple[int, int]]]):
         self.order = EpochOrder(count, seed) if order is None else order
         self.batch_size = batch_size
         self.start, self.stop = start, stop
-        self.parts = micro_batches(batch_size, process, processes, accumulate)
+        self.parts: Sequence[Sequence[int]] = micro_batches(
+            batch_size, process, processes, accumulate
+        )
 
     def __len__(self) -> int:
         return max(0, self.stop - self.start) * len(self.parts)

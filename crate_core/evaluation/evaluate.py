@@ -4,10 +4,10 @@ controls, and reconstruction.
 Book: :ref:`ch-evaluation`.
 """
 
-import copy
 import json
 import math
 import os
+import tempfile
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -20,7 +20,8 @@ from crate_core.data.batches import some_batches
 from crate_core.data.named import open_data
 from crate_core.data.sources import ImageData
 from crate_core.data.understood import readable, understood, with_labels
-from crate_core.evaluation.finetune import FinetuneConfig, finetune
+from crate_core.evaluation.finetune import finetune_seeds
+from crate_core.evaluation.finetune_recipe import FinetuneConfig
 from crate_core.evaluation.labels import require_probe_labels
 from crate_core.evaluation.neighbours import NEIGHBOURS, neighbour_judge
 from crate_core.evaluation.probe import (
@@ -30,7 +31,7 @@ from crate_core.evaluation.probe import (
     probe_judges,
 )
 from crate_core.model.autoencoder import MaskedAutoencoder
-from crate_core.model.build import fresh_model, load_model, pick_device
+from crate_core.model.build import load_model, pick_device
 from crate_core.records import RUN_FILE, device_name, provenance, write_json
 from crate_core.training.yardsticks import mean_picture, reconstruction_by_ratio
 
@@ -99,7 +100,7 @@ def evaluate(
     probe, neighbours : fit linear probes, and let nearest neighbours vote; both need
         labels.
     fine_tuning : also fine-tune the model, and the same network from scratch, once for
-        each seed; ``None`` does not.
+        each of its own seeds, on this evaluation's pictures; ``None`` does not.
     device, workers : where, "auto" for the best that there is, and with how many
         reading processes.
     command : what to record as the command.
@@ -167,7 +168,7 @@ def evaluate(
     tuned = (
         None
         if fine_tuning is None or labelled is None
-        else compare_fine_tuning(model, labelled, fine_tuning, range(seeds))
+        else compare_fine_tuning(model, labelled, fine_tuning)
     )
     clock.lap("fine-tuning")
     mean = mean_picture(some_batches(pictures.train, model.config))
@@ -227,13 +228,10 @@ def columns_of(
 
 
 def compare_fine_tuning(
-    model: MaskedAutoencoder,
-    data: ImageData,
-    config: FinetuneConfig,
-    seeds: Sequence[int],
+    model: MaskedAutoencoder, data: ImageData, config: FinetuneConfig
 ) -> dict[str, Any]:
     """Held-out accuracy after fine-tuning, and after the same training from scratch,
-    once for each seed.
+    once for each seed of ``config``; nothing of the runs is kept.
 
     From scratch all layers learn at the same rate, whatever ``config.layer_decay``.
     ``model`` is left as it is.
@@ -244,21 +242,17 @@ def compare_fine_tuning(
 
     Book: :ref:`ch-evaluation`.
     """
-    device = next(model.parameters()).device
-    accuracies: dict[str, list[float]] = {"pretrained": [], "from scratch": []}
-    for seed in seeds:
-        own = replace(config, seed=seed)
-        accuracies["pretrained"].append(
-            finetune(copy.deepcopy(model), data, own).accuracy
-        )
-        fresh = fresh_model(model.config, seed).to(device)
-        accuracies["from scratch"].append(
-            finetune(fresh, data, replace(own, layer_decay=1.0)).accuracy
-        )
-    return {
-        "scores": {row: Score(tuple(a)).to_dict() for row, a in accuracies.items()},
-        "config": asdict(config),
-    }
+    scores = {}
+    for row, fresh in (("pretrained", False), ("from scratch", True)):
+        with tempfile.TemporaryDirectory() as scratch:
+            own = replace(config, from_scratch=fresh, output_dir=scratch)
+            results = finetune_seeds(
+                own, False, lambda line: None, model=model, data=data
+            )
+        scores[row] = Score(tuple(result.accuracy for result in results)).to_dict()
+    placed = ("data", "from_scratch", "seed")
+    chosen = {k: v for k, v in config.identity().items() if k not in placed}
+    return {"scores": scores, "config": chosen}
 
 
 def table(record: dict[str, Any]) -> list[str]:
@@ -280,9 +274,11 @@ def table(record: dict[str, Any]) -> list[str]:
     else:
         lines.append("linear probes and nearest neighbours: left out, or no labels")
     if tuned is not None:
+        runs = len(tuned["scores"]["pretrained"]["accuracies"])
+        over_runs = over.replace(f"{len(record['seeds'])} seeds", f"{runs} seeds")
         rows = {row: {"fine-tuned": score} for row, score in tuned["scores"].items()}
         lines += [
-            f"after {tuned['config']['epochs']:g} epochs with labels, {over}",
+            f"after {tuned['config']['epochs']:g} epochs with labels, {over_runs}",
             *score_lines(rows),
         ]
     if record["reconstruction"]:

@@ -27,6 +27,7 @@ from crate_core.data.pictures import Picture
 from crate_core.data.sources import ImageSource
 from crate_core.model.autoencoder import MaskedAutoencoder, evaluation_mode
 from crate_core.model.config import FrameConfig
+from crate_core.model.files import weights_digest
 from crate_core.records import write_json
 from crate_core.shapes import Images
 
@@ -152,9 +153,7 @@ def features_key(
     """
     digest = hashlib.sha256()
     digest.update(json.dumps(asdict(model.config), sort_keys=True).encode())
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    digest.update(weights_digest(model.state_dict()).encode())
     for index in range(len(source)):
         digest.update(source.name(index).encode())
         digest.update(b"\0")

@@ -1,250 +1,227 @@
-r"""Fine-tuning: an encoder with a linear classifier on top, trained whole with labels.
+r"""Fine-tuning: an encoder with a linear classifier on top, trained whole with labels,
+from pretrained weights or from scratch.
 
-Pretrained or from scratch, of either architecture.  Step t draws its pictures and
-augmentation from (seed, t) alone (:mod:`crate_core.data.batches`), so that a run is a
-function of its configuration.
+What is random in step t is a function of (seed, t) alone, for the whole batch, so that
+a run that was cut off goes on exactly and several processes compute what one does, to
+the order of sums.  RandAugment, erasing and mixing are timm's.
 
 Book: :ref:`ch-evaluation`.
 """
 
-import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from timm.data import Mixup
+from timm.data.auto_augment import rand_augment_transform
+from timm.data.random_erasing import RandomErasing
+from timm.data.transforms import RandomResizedCropAndInterpolation
+from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
+from torchvision.transforms import Compose, RandomCrop, RandomHorizontalFlip
+from torchvision.transforms.functional import normalize, to_pil_image
 
-from crate_core.checks import check_choice, check_flag, check_integer, check_number
 from crate_core.data.batches import (
     MAX_UNREADABLE,
+    Batch,
     StepBatches,
     TrainingPictures,
     UnreadableCount,
+    evaluation_batches,
     loader,
+    micro_batches,
+    picture_key,
     readable_batches,
-    readable_rows,
 )
+from crate_core.data.named import open_data
 from crate_core.data.pictures import Picture
+from crate_core.data.shards import order_of
 from crate_core.data.sources import ImageData, ImageSource, SelectedImages
-from crate_core.data.transforms import augmented, prepare
+from crate_core.data.transforms import fit, in_mode, to_tensor
+from crate_core.data.understood import understood, with_labels
+from crate_core.evaluation.finetune_recipe import FinetuneConfig
 from crate_core.evaluation.labels import class_count
-from crate_core.keys import Stream, random_generator, random_key
+from crate_core.keys import Stream, random_generator, seeded
 from crate_core.model.autoencoder import MaskedAutoencoder, evaluation_mode
-from crate_core.shapes import Images, PictureVectors, Tokens
-from crate_core.training.checks import check_betas, check_compiler
-from crate_core.training.pretrain import TrainingDivergedError
-from crate_core.training.recipe import warmup_cosine
-
-Pooling = Literal["patch_mean", "class_token"]
-FinetuneAugmentation = Literal["none", "crop_flip", "shift_flip"]
+from crate_core.model.build import fresh_model, load_model
+from crate_core.model.classifier import Classifier
+from crate_core.model.config import FrameConfig
+from crate_core.model.files import weights_digest
+from crate_core.records import device_name, provenance, write_json
+from crate_core.training.checks import check_compiler
+from crate_core.training.devices import (
+    clip_gradient,
+    company,
+    gradient_sync,
+    make_accelerator,
+)
+from crate_core.training.loop import Loop, data_identity, relative_directory
+from crate_core.training.progress import Progress
+from crate_core.training.recipe import Schedule
+from crate_core.training.run_directory import SUMMARY_FILE, RunDirectory
 
 SHIFT = 0.125
-"""Largest shift of "shift_flip", as a share of the side: four pixels of CIFAR-10's
-thirty-two.
-"""
-
-
-@dataclass(frozen=True)
-class FinetuneConfig:
-    """Every choice of a fine-tuning run; defaults as in MAE's fine-tuning where it has
-    them.
-
-    Raises
-    ------
-    ValueError
-        On construction, naming the field, what was given and what is accepted.
-
-    Book: :ref:`ch-evaluation`.  MAE also uses stochastic depth, RandAugment, mixup and
-    cutmix, which this does not.
-    """
-
-    epochs: float = 20.0
-    """Passes over the training pictures; they set the learning-rate schedule."""
-    batch_size: int = 256
-    """Pictures in a step."""
-    lr: float = 1e-3
-    """Base learning rate; the peak is lr * batch_size / 256."""
-    warmup_ratio: float = 0.05
-    """Share of the epochs in which the learning rate rises linearly from zero."""
-    weight_decay: float = 0.05
-    """AdamW's weight decay; none on biases, norms and other one-dimensional parameters.
-    """
-    betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's averaging constants."""
-    layer_decay: float = 0.75
-    """Each layer learns this much slower than the one above it; 1 from scratch."""
-    label_smoothing: float = 0.1
-    """Share of the target that is spread evenly over the classes."""
-    pooling: Pooling = "patch_mean"
-    """What the classifier reads: the mean of patch tokens, or the class token."""
-    augmentation: FinetuneAugmentation = "shift_flip"
-    """none, crop_flip (as in pretraining), or shift_flip: up to an eighth of the side,
-    and horizontal flip.
-    """
-    seed: int = 0
-    """Fixes the order of pictures and augmentation."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """fp32, or autocast to bf16."""
-    compile: bool = False
-    """Compile the model with torch.compile."""
-    workers: int = 0
-    """Processes that read pictures; batches do not depend on it."""
-    max_unreadable: float = MAX_UNREADABLE
-    """Stop if a larger share of a part's pictures cannot be read."""
-
-    def __post_init__(self) -> None:
-        check_integer(self, "batch_size", least=1)
-        for name in ("workers", "seed"):
-            check_integer(self, name)
-        for name in ("epochs", "lr"):
-            check_number(self, name, "a positive number")
-        check_number(self, "weight_decay", "zero or a positive number", ends="[]")
-        check_number(self, "warmup_ratio", "a share in [0, 1)", 0, 1, "[)")
-        check_betas(self, "betas")
-        check_number(self, "layer_decay", "a number in (0, 1]", 0, 1)
-        check_number(self, "label_smoothing", "a number in [0, 1)", 0, 1, "[)")
-        check_number(self, "max_unreadable", "a share in [0, 1]", 0, 1, "[]")
-        check_choice(self, "pooling", get_args(Pooling))
-        check_choice(self, "augmentation", get_args(FinetuneAugmentation))
-        check_choice(self, "precision", ("fp32", "bf16"))
-        check_flag(self, "compile")
-
-
-def pool(tokens: Tokens, pooling: Pooling) -> PictureVectors:
-    r"""Encoder output (B, 1 + L, d) as one row a picture (B, d): :math:`z_0`, or
-    :math:`\tfrac1L \sum_{i\ge1} z_i`.
-    """
-    return tokens[:, 0] if pooling == "class_token" else tokens[:, 1:].mean(dim=1)
-
-
-class Classifier(nn.Module):
-    r"""A linear classifier on an encoder, :math:`W\,\mathrm{pool}(\mathrm{LN}(X^L)) +
-    b`, W and b zero at first.
-
-    Parameters
-    ----------
-    autoencoder : its encoder is used, its decoder left as it is.
-    classes : how many there are.
-    pooling : what the classifier reads.
-
-    Book: :ref:`ch-evaluation`.  MAE pools before the last LayerNorm; here the encoder's
-    own one comes first.
-    """
-
-    def __init__(
-        self,
-        autoencoder: MaskedAutoencoder,
-        classes: int,
-        pooling: Pooling = "patch_mean",
-    ) -> None:
-        super().__init__()
-        self.autoencoder, self.pooling = autoencoder, pooling
-        self.head = nn.Linear(autoencoder.config.dim, classes)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
-
-    def forward(self, images: Images) -> PictureVectors:
-        """Class scores (B, classes) of images in model units."""
-        return self.head(pool(self.autoencoder.forward_features(images), self.pooling))
-
-    def layer_index(self, name: str) -> int | None:
-        """Depth of a parameter: 0 for the embedding, then the layers, last the norm and
-        the classifier; ``None`` for one that the forward pass does not use.
-        """
-        parts = name.split(".")
-        if parts[0] == "head" or parts[1] == "encoder_norm":
-            return self.autoencoder.config.depth + 1
-        if parts[1] == "encoder":
-            return int(parts[2]) + 1
-        return 0 if parts[1] in ("patch_embedding", "class_token") else None
+"""Largest shift, as a share of the side: four pixels of CIFAR-10's thirty-two."""
 
 
 def layer_groups(
     model: Classifier, weight_decay: float, layer_decay: float
 ) -> list[dict[str, Any]]:
-    r"""AdamW's groups for the parameters that are used, with ``scale``
+    r"""AdamW's groups for the parameters that learn, with ``lr_scale``
     :math:`\gamma^{\,D + 1 - \ell}` for the learning rate of depth :math:`\ell` of
     0..D+1, and weight decay for matrices only.
 
     Book: :ref:`ch-evaluation`.
     """
-    last = model.autoencoder.config.depth + 1
-    groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        depth = model.layer_index(name)
-        if depth is not None:
-            groups.setdefault((depth, parameter.ndim > 1), []).append(parameter)
-    return [
-        {
-            "params": parameters,
-            "weight_decay": weight_decay * matrix,
-            "scale": layer_decay ** (last - depth),
-        }
-        for (depth, matrix), parameters in groups.items()
-    ]
+    return param_groups_layer_decay(
+        model,
+        weight_decay,
+        no_weight_decay_list=["autoencoder.class_token"],
+        layer_decay=layer_decay,
+    )
 
 
-def shifted(image: Tensor, key: int) -> Tensor:
-    """A picture (C, H, W) shifted by up to ``SHIFT`` of its side each way, edges
-    repeated, and flipped half of the time: a function of ``key`` alone.
+def picture_transform(
+    config: FinetuneConfig, model: FrameConfig
+) -> Callable[[Picture], Tensor]:
+    """Training pictures to tensors (C, H, W) in model units, under the augmentations of
+    a run; draws from the global generators of Python, numpy and torch.
+
+    With crop_flip it is what timm's ``create_transform`` makes, as MAE uses it.
     """
-    height, width = image.shape[-2:]
-    rows, columns = round(SHIFT * height), round(SHIFT * width)
-    down, right, flip = torch.rand(3, generator=random_generator(key)).tolist()
-    padded = F.pad(image[None], (columns, columns, rows, rows), mode="replicate")[0]
-    top, left = int(down * (2 * rows + 1)), int(right * (2 * columns + 1))
-    cut = padded[:, top : top + height, left : left + width]
-    return cut.flip(-1) if flip < 0.5 else cut
+    size, channels = model.image_shape, model.channels
+    height, width = size
+    steps: list[Any] = [lambda picture: in_mode(picture, channels)]
+    if config.augmentation == "crop_flip":
+        steps.append(RandomResizedCropAndInterpolation(size, interpolation="bicubic"))
+    else:
+        steps.append(lambda picture: fit(picture, size))
+    if config.augmentation.startswith("shift"):
+        edges = [round(SHIFT * width), round(SHIFT * height)]
+        steps.append(RandomCrop(size, padding=edges, padding_mode="edge"))
+    if config.augmentation.endswith("flip"):
+        steps.append(RandomHorizontalFlip())
+    mean, std = (list(v) for v in (model.pixel_mean or (), model.pixel_std or ()))
+    if config.rand_augment is not None:
+        grey = [min(255, round(255 * value)) for value in mean]
+        settings = {
+            "translate_const": int(0.45 * min(size)),
+            "img_mean": tuple(grey) if channels > 1 else grey[0],
+            "interpolation": 3,  # bicubic, as PIL numbers it
+            # at ten timm would posterize to no bit at all, which Pillow refuses
+            "magnitude_max": 9.99,
+        }
+        steps.append(lambda p: to_pil_image(p) if isinstance(p, Tensor) else p)
+        steps.append(rand_augment_transform(config.rand_augment, settings))
+    steps.append(lambda picture: to_tensor(picture, channels).clamp(0, 1))
+    steps.append(lambda pixels: normalize(pixels, mean, std))
+    if config.erasing:
+        steps.append(RandomErasing(config.erasing, mode="pixel", device="cpu"))
+    return Compose(steps)
 
 
 class LabelledPictures(TrainingPictures):
-    """Training pictures under the augmentations of fine-tuning."""
+    """Training pictures in model units under the augmentations of fine-tuning, each a
+    function of (seed, epoch, picture).
+    """
 
     def __init__(
-        self, source: ImageSource, model: MaskedAutoencoder, config: FinetuneConfig
+        self, source: ImageSource, model: FrameConfig, config: FinetuneConfig
     ) -> None:
-        super().__init__(
-            source, model.config.image_shape, model.config.channels, "none", config.seed
-        )
-        self.choice = config.augmentation
+        super().__init__(source, model.image_shape, model.channels, "none", config.seed)
+        self.settings = config, model
 
     def transform(self, picture: Picture, epoch: int, index: int) -> Tensor:
         """The picture as epoch ``epoch`` sees it."""
-        key = random_key(self.seed, Stream.AUGMENT, epoch, index)
-        if self.choice == "crop_flip":
-            return augmented(picture, self.size, self.channels, key)
-        image = prepare(picture, self.size, self.channels)
-        return shifted(image, key) if self.choice == "shift_flip" else image
+        with seeded(picture_key(self.seed, epoch, index)):
+            return self.shown(picture)
+
+    @cached_property
+    def shown(self) -> Callable[[Picture], Tensor]:
+        """Made where it is first used, in a loader's process: it cannot be pickled."""
+        return picture_transform(*self.settings)
+
+
+def paired_rows(batch_size: int, part: int, parts: int) -> list[int]:
+    """Rows of a batch that one of several parts works on, such that a part reversed
+    pairs the rows that the batch reversed pairs, i with B - 1 - i: a piece of the first
+    half, and the same piece from the end.
+    """
+    piece = batch_size // parts // 2
+    first = range(part * piece, (part + 1) * piece)
+    return [*first, *(batch_size - 1 - row for row in reversed(first))]
 
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """How fine-tuning ended: ``curve`` has a record an epoch (epoch, loss and accuracy
-    on the training pictures as they were met, augmented), ``accuracy`` is that of the
-    held-out pictures after the last step; both in [0, 1].
+    """How a run ended: ``accuracy`` is that of the last step's classifier on the
+    ``held_out`` pictures that could be read, in [0, 1]; ``best_accuracy`` the highest
+    after any epoch, chosen on the pictures that it is over, so a little too good.
 
-    ``held_out`` is the number of pictures that ``accuracy`` is over, ``unreadable``
-    names those of both parts that could not be read.
+    ``curve`` has a record per epoch (step, epoch, held_out_accuracy, held_out_loss);
+    ``train_loss`` is the mean over the last epoch's steps of what was minimised;
+    ``unreadable`` the number of training pictures that could not be read,
+    ``held_out_unreadable`` names those that accuracies leave out.
     """
 
-    classifier: Classifier
-    curve: tuple[dict[str, float], ...]
+    output_dir: Path
+    steps: int
     accuracy: float
-    config: FinetuneConfig
+    best_accuracy: float
+    best_epoch: float
+    train_loss: float
     held_out: int
-    unreadable: tuple[str, ...]
+    curve: tuple[dict[str, float], ...]
+    unreadable: int
+    held_out_unreadable: tuple[str, ...]
 
-    def to_dict(self) -> dict[str, Any]:
-        """All but the weights, ready for JSON."""
-        return {
-            "accuracy": self.accuracy,
-            "held_out": self.held_out,
-            "unreadable": list(self.unreadable),
-            "curve": list(self.curve),
-            "config": asdict(self.config),
-        }
+    def describe(self) -> list[str]:
+        """In lines: accuracies and where things are."""
+        lines = [
+            f"held-out accuracy   {self.accuracy:.4f}   on {self.held_out:,} pictures "
+            "after the last step",
+            f"best epoch          {self.best_accuracy:.4f}   after epoch "
+            f"{self.best_epoch:g}, chosen on the same pictures",
+        ]
+        if self.unreadable:
+            lines.append(
+                f"unreadable pictures {self.unreadable}, named above, replaced by others"
+            )
+        if self.held_out_unreadable:
+            names = ", ".join(self.held_out_unreadable[:3])
+            lines.append(
+                f"unreadable held-out {len(self.held_out_unreadable)}, left out ({names})"
+            )
+        return [
+            *lines,
+            f"saved in {self.output_dir}: the last classifier; best: in best",
+        ]
+
+
+def result_of(run: RunDirectory) -> FinetuneResult:
+    """The result that a finished run wrote; ``ValueError`` if it is not finished."""
+    summary = run.summary()
+    if summary is None:
+        raise ValueError(f"{run.path} holds no {SUMMARY_FILE}: the run is not finished")
+    return FinetuneResult(
+        output_dir=run.path,
+        steps=summary["steps"],
+        accuracy=summary["held_out_accuracy"],
+        best_accuracy=summary["best"]["held_out_accuracy"],
+        best_epoch=summary["best"]["epoch"],
+        train_loss=summary["train_loss"],
+        held_out=summary["held_out"],
+        curve=tuple(run.evaluated()),
+        unreadable=summary["unreadable"],
+        held_out_unreadable=tuple(summary["held_out_unreadable"]),
+    )
 
 
 @torch.no_grad()
@@ -263,135 +240,398 @@ def accuracy(
     if source.labels is None:
         raise ValueError("accuracy needs labels; these pictures have none")
     unreadable = UnreadableCount(len(source), max_unreadable, {}, "held-out")
-    with evaluation_mode(model):
-        frame = model.autoencoder
-        device = next(model.parameters()).device
-        size, channels = frame.config.image_shape, frame.config.channels
-        right = seen = 0
-        for batch in readable_batches(
-            source, size, channels, unreadable, workers=workers
-        ):
-            labels = torch.from_numpy(source.labels[batch.indices.numpy()])
-            scores = model(frame.standardize(batch.images.to(device)))
-            right += int((scores.argmax(dim=1).cpu() == labels).sum())
-            seen += len(labels)
+    config = model.autoencoder.config
+    size, channels = config.image_shape, config.channels
+    batches = readable_batches(source, size, channels, unreadable, workers=workers)
+    right, _, seen = scored(model, source, batches)
     return right / seen
 
 
-def finetune(
-    model: MaskedAutoencoder,
-    data: ImageData,
-    config: FinetuneConfig,
-    report: Callable[[str], None] = lambda line: None,
-) -> FinetuneResult:
-    r"""Train an encoder and a classifier on it with labels; ``model`` is changed in
-    place.
+@torch.no_grad()
+def scored(
+    model: Classifier, source: ImageSource, batches: Iterable[Batch]
+) -> tuple[float, float, float]:
+    """How many pictures of some batches of a source are classified rightly, the sum of
+    their cross-entropies, and how many there are.
+    """
+    totals = torch.zeros(3, dtype=torch.float64)
+    device = next(model.parameters()).device
+    with evaluation_mode(model):
+        for batch in batches:
+            if not len(batch.images):
+                continue
+            labels = torch.as_tensor(source.labels)[batch.indices]
+            scores = model(model.standardize(batch.images.to(device))).float().cpu()
+            right = (scores.argmax(dim=1) == labels).sum()
+            loss = F.cross_entropy(scores, labels, reduction="sum")
+            totals += torch.stack([right, loss, torch.tensor(len(labels))]).double()
+    right, loss, seen = totals.tolist()
+    return right, loss, seen
 
-    Minimises :math:`-\sum_k t_k \log \mathrm{softmax}(\mathrm{logits})_k` over
-    mini-batches with AdamW, where t is the label smoothed by s: :math:`t = (1 - s)\,e_y
-    + s / \mathrm{classes}`.
+
+class FinetuneTrainer(Loop[FinetuneConfig, Classifier]):
+    r"""Fine-tuning's steps in the common loop (:mod:`crate_core.training.loop`).
+
+    Minimises :math:`-\sum_k t_k \log \mathrm{softmax}(\mathrm{logits})_k` with AdamW,
+    where t is the label smoothed by s, :math:`t = (1 - s)\,e_y + s /
+    \mathrm{classes}`, or what mixing makes of two of them.
 
     Parameters
     ----------
-    model : pretrained or fresh, of either architecture, on the device to train on.  Its
-        decoder is not touched, so ``model.save_pretrained(dir)`` saves the trained
-        encoder for every tool that opens a model.
-    data : labelled pictures; fits on ``data.train``, scores ``data.held_out`` once, at
-        the end.
-    config : the run.
-    report : gets a line for each epoch and each picture that cannot be read.
+    config, data, run, accelerator, report, report_unreadable : as of ``Loop``; both
+        parts of the data have labels.
+    start : pretrained or fresh; it is changed in place.
+    """
 
-    Warns
-    -----
-    UnreadablePictureWarning
-        Naming pictures that cannot be read.
+    def __init__(
+        self,
+        config: FinetuneConfig,
+        data: ImageData,
+        run: RunDirectory,
+        accelerator: Accelerator,
+        report: Callable[[str], None],
+        report_unreadable: Callable[[str], None],
+        start: MaskedAutoencoder,
+    ) -> None:
+        self.start, self.classes = start, class_count(data)
+        self.labels = torch.as_tensor(data.train.labels)
+        self.mixup = (
+            Mixup(
+                config.mixup,
+                config.cutmix,
+                label_smoothing=config.label_smoothing,
+                num_classes=self.classes,
+            )
+            if config.mixes
+            else None
+        )
+        schedule = Schedule(config, len(data.train))
+        super().__init__(
+            config, schedule, data, run, accelerator, report, report_unreadable
+        )
+
+    def initial_model(self) -> Classifier:
+        """A classifier of zeros on the starting weights."""
+        names = self.data.classes if len(self.data.classes) == self.classes else ()
+        model = Classifier(self.start, self.classes, self.config.pooling, names)
+        model.set_drop_path(self.config.drop_path)
+        return model
+
+    def distributed(self) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """The classifier and its AdamW, a copy on each process."""
+        config, accelerator = self.config, self.accelerator
+        optimizer = torch.optim.AdamW(
+            layer_groups(self.model, config.weight_decay, config.rate_decay),
+            lr=config.peak_lr,
+            betas=config.betas,
+            fused=accelerator.device.type in ("cpu", "cuda"),
+        )
+        return accelerator.prepare(self.model, optimizer)
+
+    def introduce(self) -> None:
+        """Check what can fail before the work, and say what is about to run."""
+        config, accelerator = self.config, self.accelerator
+        if config.compile:
+            check_compiler(accelerator.device)
+        learning = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        processes = accelerator.num_processes
+        self.report(
+            f"classifier: {self.classes} classes, {learning:,} parameters that learn "
+            f"{'from scratch ' if config.from_scratch else ''}on "
+            f"{device_name(accelerator.device)}"
+            f"{f', {processes} processes' if processes > 1 else ''}, {config.precision}"
+        )
+        crowded = company() if accelerator.device.type == "cpu" else None
+        if crowded is not None:
+            self.report(crowded)
+        if self.step:
+            self.report(
+                f"continuing after step {self.step:,} of {self.schedule.steps:,}"
+            )
+
+    def parts(self) -> list[Sequence[int]]:
+        """Rows of the batch that this process works on, micro-batch by micro-batch.
+
+        Raises ``ValueError`` unless all have the same size, and an even one to mix.
+        """
+        config, accelerator = self.config, self.accelerator
+        own, all_own = accelerator.process_index, accelerator.num_processes
+        rows = micro_batches(config.batch_size, own, all_own, config.accumulate)
+        if self.mixup is None:
+            return list(rows)
+        if len(rows[0]) % 2:
+            raise ValueError(
+                f"batch_size={config.batch_size} must be a multiple of processes times "
+                f"accumulate times two, {all_own} x {config.accumulate} x 2: mixing "
+                "pairs the pictures of a part"
+            )
+        return [
+            paired_rows(config.batch_size, part, all_own * config.accumulate)
+            for part in range(own * config.accumulate, (own + 1) * config.accumulate)
+        ]
+
+    def batches(self) -> Iterable[Batch]:
+        """The micro-batches of the steps that are left, this process's share."""
+        config = self.config
+        order = StepBatches(
+            self.count,
+            config.batch_size,
+            config.seed,
+            self.step,
+            self.schedule.steps,
+            order=order_of(self.data.train, config.seed, config.batch_size),
+        )
+        order.parts = self.parts()
+        return loader(
+            LabelledPictures(self.data.train, self.start.config, config),
+            order,
+            config.workers,
+            pin=self.accelerator.device.type == "cuda",
+        )
+
+    def drop_noise(self) -> Tensor:
+        """What the branches of the next step are dropped by: (branches, B), one column
+        per picture of the whole batch.
+        """
+        generator = random_generator(self.config.seed, Stream.DROP, self.step)
+        branches = len(self.model.drop_paths())
+        return torch.rand(branches, self.config.batch_size, generator=generator)
+
+    def update(self, batches: Iterator[Batch]) -> tuple[Tensor, Tensor]:
+        """One step on the next micro-batches of this process: the loss before it and
+        the norm of its gradient.
+        """
+        config, accelerator = self.config, self.accelerator
+        device = accelerator.device
+        noise = self.drop_noise()
+        rate = self.schedule.lr(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["lr_scale"]
+        smoothing = config.label_smoothing if self.mixup is None else 0.0
+        losses = []
+        for i, rows in enumerate(self.parts()):
+            batch = next(batches)
+            self.unreadable.add(batch, self.report_unreadable)
+            images = batch.images.to(device, non_blocking=True)
+            targets = self.labels[batch.indices].to(device)
+            if self.mixup is not None:
+                # the same weight and box in all parts of the batch
+                with seeded(config.seed, Stream.MIX, self.step):
+                    images, targets = self.mixup(images, targets)
+            self.model.set_drop_noise(noise[:, list(rows)].to(device))
+            with gradient_sync(
+                self.wrapped, accelerator, wanted=i == config.accumulate - 1
+            ):
+                loss = F.cross_entropy(
+                    self.forward(images).float(), targets, label_smoothing=smoothing
+                )
+                accelerator.backward(loss / config.accumulate)
+            losses.append(loss.detach())
+        norm = clip_gradient(self.wrapped, accelerator, config.clip_gradient)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return torch.stack(losses).mean(), norm.detach()
+
+    def due(self) -> bool:
+        """Whether an epoch ends."""
+        last = self.step == self.schedule.steps
+        return last or self.schedule.passes(self.step, 1.0)
+
+    def to_save(self) -> bool:
+        """Whether a checkpoint is due: every so many steps, and after each epoch."""
+        return super().to_save() or self.due()
+
+    def evaluate(self, shown: Progress) -> None:
+        """Accuracy on held-out pictures, each process on its share; the best model is
+        kept.
+        """
+        accelerator, config = self.accelerator, self.config
+        source, frame = self.data.held_out, self.start.config
+        process, processes = accelerator.process_index, accelerator.num_processes
+        rows = torch.arange(len(source))[process::processes].numpy()
+        mine = SelectedImages(source, rows)
+        met: dict[int, str] = {}
+
+        def noted() -> Iterator[Batch]:
+            for batch in evaluation_batches(
+                mine, frame.image_shape, frame.channels, workers=config.workers
+            ):
+                met.update({int(rows[i]): said for i, said in batch.unreadable})
+                yield batch
+
+        with accelerator.autocast():
+            counts = torch.tensor(scored(self.model, mine, noted()))
+        right, loss, seen = accelerator.reduce(
+            counts.to(accelerator.device), reduction="sum"
+        ).tolist()
+        for others in gather_object([met]) if processes > 1 else []:
+            met |= others
+        if not seen or len(met) > config.max_unreadable * len(source):
+            raise ValueError(
+                f"{len(met)} of {len(source)} held-out pictures cannot be read; the run "
+                f"stops above {config.max_unreadable:.1%} (max_unreadable). The first: "
+                f"{met[min(met)]}"
+            )
+        scores = {"held_out_accuracy": right / seen, "held_out_loss": loss / seen}
+        self.progress["held_out"] = {
+            "pictures": int(seen),
+            "unreadable": [met[index] for index in sorted(met)],
+        }
+        best = self.progress.get("best")
+        better = best is None or scores["held_out_accuracy"] > best["held_out_accuracy"]
+        if better:
+            self.progress["best"] = {**self.position(), **scores}
+        if accelerator.is_main_process:
+            if better:
+                self.run.keep_best(self.step, self.model)
+            self.log_evaluation(scores, shown)
+        accelerator.wait_for_everyone()
+
+    def saved(self) -> None:
+        """The best model's folder is that which the checkpoint knows of."""
+        best = self.progress.get("best")
+        if best is not None:
+            self.run.show_best(best["step"])
+
+    def write_result(self, model: Classifier, command: str) -> None:
+        """The last classifier and, last, the summary."""
+        model.save_pretrained(self.run.path)
+        last = self.run.evaluated()[-1]
+        summary = {
+            "steps": self.step,
+            "train_loss": self.last_epoch_loss(),
+            "held_out_accuracy": last["held_out_accuracy"],
+            "held_out_loss": last["held_out_loss"],
+            "best": self.progress["best"],
+            "held_out": self.progress["held_out"]["pictures"],
+            "held_out_unreadable": self.progress["held_out"]["unreadable"],
+            "unreadable": len(self.unreadable.met),
+            "classes": self.classes,
+            "seed": self.config.seed,
+            **provenance(command, device_name(self.accelerator.device)),
+        }
+        write_json(self.run.path / SUMMARY_FILE, summary)
+
+
+def finetune(
+    config: FinetuneConfig,
+    progress: bool = True,
+    report: Callable[[str], None] = print,
+    command: str = "crate_core.evaluation.finetune.finetune",
+    *,
+    model: MaskedAutoencoder | None = None,
+    data: ImageData | None = None,
+) -> FinetuneResult:
+    r"""Train an encoder and a classifier on it with labels, or continue a run that was
+    cut off; of several seeds the first (:func:`finetune_seeds` runs all).
+
+    ``Classifier.from_pretrained(config.output_dir)`` loads the last classifier, and of
+    the folder ``best`` in it the best; ``load_model`` of either gives the encoder to
+    every tool that opens a model.
+
+    Parameters
+    ----------
+    config : the run; ``config.output_dir`` is where it lives.
+    progress : show a progress bar on stderr.
+    report : gets each line of text.
+    command : what to record as the command.
+    model : start from this in place of ``config.checkpoint``; it is left as it is.
+    data : take this in place of ``config.data``; fits on ``train``, scores
+        ``held_out``.
 
     Raises
     ------
     ValueError
-        If the pictures have no labels, labels out of range, too many are unreadable, or
-        the model is to be compiled and there is no compiler.
+        If the directory holds another run, pictures have no labels or labels out of
+        range, too many are unreadable, the batch cannot be split, or the model is to be
+        compiled and there is no compiler.
+    FileNotFoundError
+        If checkpoint or data are not there.
     TrainingDivergedError
         If the loss is no longer finite.
+    TrainingStoppedError
+        If SIGTERM or SIGUSR1 came: the step was finished and a checkpoint written.
+    CheckpointError
+        If a checkpoint cannot be saved; the previous one is kept, and the same call
+        continues from it.
 
     Book: :ref:`ch-evaluation`.
     """
-    classes = class_count(data)
-    labels = torch.as_tensor(data.train.labels)
-    device = next(model.parameters()).device
-    if config.compile:
-        check_compiler(device)
-    # held-out pictures are read once before the work, which must not be lost to them
-    left_out = UnreadableCount(
-        len(data.held_out), config.max_unreadable, {}, "held-out"
-    )
-    held_out = SelectedImages(
-        data.held_out,
-        readable_rows(
-            data.held_out, model.config.image_shape, model.config.channels, left_out
-        ),
-    )
-    classifier = Classifier(model, classes, config.pooling).to(device).train()
-    groups = layer_groups(classifier, config.weight_decay, config.layer_decay)
-    optimizer = torch.optim.AdamW(
-        groups, betas=config.betas, fused=device.type in ("cpu", "cuda")
-    )
-    forward = torch.compile(classifier) if config.compile else classifier
-    count = len(data.train)
-    steps = math.ceil(config.epochs * count / config.batch_size)
-    unreadable = UnreadableCount(count, config.max_unreadable, {})
-    peak = config.lr * config.batch_size / 256
-    order = StepBatches(count, config.batch_size, config.seed, 0, steps)
-    # loss, right answers, pictures since the last record
-    totals = torch.zeros(3, dtype=torch.float64)
-    curve: list[dict[str, float]] = []
-    for step, batch in enumerate(
-        loader(LabelledPictures(data.train, model, config), order, config.workers)
-    ):
-        unreadable.add(batch, report)
-        rate = warmup_cosine(
-            step * config.batch_size / count,
-            peak,
-            config.warmup_ratio * config.epochs,
-            config.epochs,
+    accelerator = make_accelerator(config)
+    main = accelerator.is_main_process
+
+    def say(line: str) -> None:
+        if main:
+            report(line)
+
+    start = load_model(config.checkpoint) if model is None else copy.deepcopy(model)
+    if config.from_scratch:
+        start = fresh_model(start.config, config.seed)
+    with accelerator.main_process_first():
+        opened = open_data(config.data, config.data_root) if data is None else data
+    for line in understood(opened):
+        say(line)
+    labelled = with_labels(opened) or opened
+    identity = {
+        **config.identity(),
+        **data_identity(labelled),
+        "classes": class_count(labelled),
+        "starting weights": weights_digest(start.state_dict()),
+    }
+    run = RunDirectory(config.output_dir)
+    try:
+        if main:
+            begun = {
+                **provenance(command, device_name(accelerator.device)),
+                "started_from": relative_directory(run.path),
+            }
+            run.claim(identity, config.to_dict(), begun)
+        accelerator.wait_for_everyone()
+        if run.finished(Schedule(config, len(labelled.train)).steps):
+            steps = f"{result_of(run).steps:,} steps are done"
+            say(f"{run.path} is finished: {steps}; nothing was trained")
+        else:
+            trainer = FinetuneTrainer(
+                config, labelled, run, accelerator, say, report, start
+            )
+            trainer.introduce()
+            trainer.fit(progress)
+            trainer.finish(command)
+        result = result_of(run)
+        for line in result.describe():
+            say(line)
+        return result
+    finally:
+        run.release()
+
+
+def finetune_seeds(
+    config: FinetuneConfig,
+    progress: bool = True,
+    report: Callable[[str], None] = print,
+    command: str = "crate_core.evaluation.finetune.finetune_seeds",
+    *,
+    model: MaskedAutoencoder | None = None,
+    data: ImageData | None = None,
+) -> list[FinetuneResult]:
+    """:func:`finetune` once for each of ``config.seeds`` seeds, with mean and standard
+    deviation of the accuracies at the end if there are several.
+    """
+    if config.seeds == 1:
+        return [finetune(config, progress, report, command, model=model, data=data)]
+    results = []
+    for seed in range(config.seed, config.seed + config.seeds):
+        own = replace(
+            config,
+            seed=seed,
+            seeds=1,
+            output_dir=str(Path(config.output_dir) / f"seed-{seed}"),
         )
-        for group in optimizer.param_groups:
-            group["lr"] = rate * group["scale"]
-        target = labels[batch.indices].to(device)
-        with torch.autocast(
-            device.type, torch.bfloat16, enabled=config.precision == "bf16"
-        ):
-            logits = forward(model.standardize(batch.images.to(device)))
-        loss = F.cross_entropy(
-            logits.float(), target, label_smoothing=config.label_smoothing
-        )
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        value, right = float(loss.detach()), int((logits.argmax(dim=1) == target).sum())
-        if not math.isfinite(value):
-            raise TrainingDivergedError(
-                f"the loss is {value} at step {step + 1} (learning rate {rate:.3g})"
-            )
-        totals += torch.tensor([value * len(target), right, len(target)])
-        epoch = (step + 1) * config.batch_size / count
-        if step + 1 == steps or int(epoch) > int(step * config.batch_size / count):
-            mean_loss, share = (totals[:2] / totals[2]).tolist()
-            curve.append(
-                {"epoch": round(epoch, 3), "loss": mean_loss, "accuracy": share}
-            )
-            report(
-                f"epoch {epoch:.1f}: loss {mean_loss:.3f}, training accuracy {share:.3f}"
-            )
-            totals.zero_()
-    unreadable.warn("were replaced by others")
-    result = accuracy(classifier, held_out, config.workers)
-    report(f"held-out accuracy {result:.4f} on {len(held_out):,} pictures")
-    return FinetuneResult(
-        classifier,
-        tuple(curve),
-        result,
-        config,
-        len(held_out),
-        (*unreadable.names, *left_out.names),
+        report(f"seed {seed}")
+        results.append(finetune(own, progress, report, command, model=model, data=data))
+    found = torch.tensor([result.accuracy for result in results], dtype=torch.float64)
+    report(
+        f"held-out accuracy {found.mean():.4f} ± {found.std():.4f} over "
+        f"{len(results)} seeds"
     )
+    return results

@@ -156,6 +156,7 @@ class MaskedAutoencoder(SavedModel):
     Book: :ref:`ch-crate-mae`.
     """
 
+    config: FrameConfig
     positions: Tensor
     encoder: Layers[Any]
     decoder: Layers[Any]

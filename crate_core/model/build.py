@@ -4,15 +4,25 @@ Book: :ref:`ch-comparison`.
 """
 
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 
 from crate_core.keys import random_key
 from crate_core.model.autoencoder import MaskedAutoencoder
-from crate_core.model.config import CrateMAEConfig, FrameConfig, config_from_dict
+from crate_core.model.config import (
+    CLASSIFIER,
+    CrateMAEConfig,
+    FrameConfig,
+    check_mapping,
+    config_from_dict,
+)
 from crate_core.model.crate import CrateMAE
-from crate_core.model.files import read_config
+from crate_core.model.files import WEIGHTS_FILE, load_weights, read_config
 from crate_core.model.saved import resolve_directory
+
+INSIDE = "autoencoder."
+"""What names of a classifier's encoder and decoder weights begin with."""
 
 
 def architecture(config: FrameConfig) -> type[MaskedAutoencoder]:
@@ -45,6 +55,10 @@ def load_model(name: str | Path | MaskedAutoencoder) -> MaskedAutoencoder:
     """A saved model of either architecture, from a directory, a bundled name or a
     Hugging Face Hub id; a model is returned as it is.
 
+    Of a saved classifier (:class:`crate_core.model.classifier.Classifier`), which
+    ``Classifier.from_pretrained`` loads, this is the autoencoder inside: its encoder
+    has learnt the classes, its decoder is that of the pretraining.
+
     Raises
     ------
     FileNotFoundError
@@ -60,9 +74,20 @@ def load_model(name: str | Path | MaskedAutoencoder) -> MaskedAutoencoder:
     if isinstance(name, MaskedAutoencoder):
         return name
     directory = resolve_directory(name)
-    return architecture(config_from_dict(read_config(directory))).from_pretrained(
-        directory
-    )
+    config = read_config(directory)
+    if config.get("model_type") != CLASSIFIER:
+        return architecture(config_from_dict(config)).from_pretrained(directory)
+    inside = config.get("model")
+    check_mapping(inside)
+    model = build_model(config_from_dict(cast(dict[str, Any], inside)))
+    whole = load_weights(directory / WEIGHTS_FILE)
+    own = {
+        name.removeprefix(INSIDE): value
+        for name, value in whole.items()
+        if name.startswith(INSIDE)
+    }
+    model.load_weights(own, source=str(directory))
+    return model
 
 
 def pick_device(device: str = "auto") -> str:

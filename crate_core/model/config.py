@@ -12,6 +12,9 @@ from crate_core.checks import as_number, check_flag, is_count
 from crate_core.model.patches import patch_grid
 from crate_core.model.sparsify import check_step
 
+CLASSIFIER = "classifier"
+"""What ``config.json`` of a classifier says under ``model_type``."""
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 

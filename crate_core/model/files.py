@@ -7,6 +7,7 @@ Book: :ref:`ch-crate-mae`.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import pickle
@@ -170,6 +171,16 @@ def read_config(directory: Path) -> dict[str, object]:
     if not isinstance(config, dict):
         raise ValueError(f"{path} must hold a JSON object")
     return config
+
+
+def weights_digest(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 of tensors and their names."""
+    digest = hashlib.sha256()
+    for name, value in sorted(weights.items()):
+        digest.update(name.encode())
+        flat = value.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def save_model(

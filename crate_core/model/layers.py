@@ -41,19 +41,21 @@ class EncoderLayer(nn.Module):
               X' = \mathrm{ISTA}(\mathrm{LN}(U) \mid D),
 
     on tokens (B, n, d).  Book: :ref:`ch-layers`.  The authors' published code; the
-    configuration's ablations put another norm, attention or dictionary in its place.
+    configuration's ablations put another norm, attention or dictionary in its place;
+    ``drop_path`` is the identity but in a classifier that trains with stochastic depth.
     """
 
     def __init__(self, config: CrateMAEConfig) -> None:
         super().__init__()
         self.norm_attention = make_norm(config)
         self.attention = MSSA(config.dim, config.heads, config.separate_values)
+        self.drop_path: nn.Module = nn.Identity()
         self.norm_sparsify = make_norm(config)
         self.sparsify = make_sparsify(config)
 
     def compress(self, x: Tokens) -> Tokens:
         """The half step U = X + MSSA(LN(X))."""
-        return x + self.attention(self.norm_attention(x))
+        return x + self.drop_path(self.attention(self.norm_attention(x)))
 
     def attention_weights(self, x: Tokens) -> AttentionWeights:
         """The weights (B, K, n, n) of the layer's attention at its input x."""

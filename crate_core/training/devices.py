@@ -36,12 +36,12 @@ from torch.distributed.tensor import DTensor
 
 from crate_core.model.autoencoder import MaskedAutoencoder
 from crate_core.model.files import StateDict
-from crate_core.training.recipe import PretrainConfig
+from crate_core.training.recipe import PretrainConfig, TrainingConfig
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
-def make_accelerator(config: PretrainConfig) -> Accelerator:
+def make_accelerator(config: TrainingConfig) -> Accelerator:
     """Accelerate's view of the devices and processes.  ``ValueError`` if the device
     asked for is not there.
     """

@@ -1,32 +1,23 @@
-r"""Masked pretraining, from top to bottom: a run, its loop, exact resume.
-
-Step t draws its pictures, augmentation and masks from (seed, t) alone
-(:mod:`crate_core.data.batches`), so the state of a run is its weights, the optimizer's
-averages and t.  A checkpoint holds these; a run that was cut off at any moment goes on
-from the last one and, on a CPU with the same number of threads, ends with the bits of
-the uncut run.
+r"""Masked pretraining: a run, and what a step of it is; the loop around the steps, with
+exact resume, is :mod:`crate_core.training.loop`.
 
 Book: :ref:`ch-first-training`, :ref:`ch-pretraining`.
 """
 
 import importlib
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from crate_core.data.batches import (
     Batch,
     StepBatches,
     TrainingPictures,
-    UnreadableCount,
     loader,
     local_rows,
     some_batches,
@@ -52,16 +43,14 @@ from crate_core.training.devices import (
     company,
     distribute,
     gradient_sync,
-    load_optimizer_state,
     make_accelerator,
-    optimizer_state,
     whole_weights,
 )
+from crate_core.training.loop import Loop, data_identity, relative_directory
 from crate_core.training.progress import Progress
 from crate_core.training.recipe import Plan, PretrainConfig
 from crate_core.training.run_directory import (
     PICTURES_FILE,
-    STOPPED_FILE,
     SUMMARY_FILE,
     PretrainResult,
     RunDirectory,
@@ -69,7 +58,6 @@ from crate_core.training.run_directory import (
     describe,
     result_of,
 )
-from crate_core.training.signals import StopSignals, TrainingStoppedError
 from crate_core.training.yardsticks import (
     TrivialLoss,
     held_out_loss,
@@ -81,12 +69,6 @@ Evaluator = Callable[[MaskedAutoencoder, ImageData], Mapping[str, float]]
 
 PICTURES_SHOWN = 8
 """Held-out pictures in a figure of reconstructions."""
-
-
-class TrainingDivergedError(ArithmeticError):
-    """The loss or gradient is no longer finite; the message names step, learning rate
-    and last good checkpoint.
-    """
 
 
 def pretrain(
@@ -181,27 +163,8 @@ def pretrain(
         run.release()
 
 
-def data_identity(data: ImageData) -> dict[str, Any]:
-    """What of the data decides a run: how many pictures there are to train on, and the
-    names of some of them.
-    """
-    count = len(data.train)
-    names = [Path(data.train.name(i)).name for i in sorted({0, count // 2, count - 1})]
-    return {"training pictures": count, "first, middle and last picture": names}
-
-
-def relative_directory(start: Path) -> str:
-    """The working directory as seen from ``start``: where relative names of data lie,
-    wherever the tree is moved to.
-    """
-    try:
-        return os.path.relpath(Path.cwd(), start)
-    except ValueError:  # another drive of Windows
-        return str(Path.cwd())
-
-
-class Trainer:
-    """The loop of one run, from its last checkpoint to its last step.
+class Trainer(Loop[PretrainConfig, MaskedAutoencoder]):
+    """Pretraining's steps in the common loop (:mod:`crate_core.training.loop`).
 
     Parameters
     ----------
@@ -225,51 +188,20 @@ class Trainer:
         report: Callable[[str], None],
         report_unreadable: Callable[[str], None],
     ) -> None:
-        self.config, self.data, self.run, self.accelerator = (
-            config,
-            data,
-            run,
-            accelerator,
-        )
-        self.report, self.report_unreadable = report, report_unreadable
-        self.count = len(data.train)
-        self.plan = Plan(config, self.count)
+        self.plan = Plan(config, len(data.train))
         self.trivial = TrivialLoss(math.nan, math.nan)
         self.evaluators = [evaluator(name) for name in config.evaluators]
-        self.checkpoint = run.latest()
-        self.step = 0
-        # (loss, gradient norm) of the steps since the last line of the log
-        self.pending: list[Tensor] = []
-        unreadable: dict[int, str] = {}
-        self.model = fresh_model(config.model, config.seed)
-        if self.checkpoint is not None:
-            self.step = self.checkpoint.step
-            self.pending = list(
-                torch.tensor(
-                    self.checkpoint.progress["pending"], device=accelerator.device
-                )
-            )
-            unreadable = {
-                int(index): message
-                for index, message in self.checkpoint.progress["unreadable"].items()
-            }
-            self.model.load_weights(
-                self.checkpoint.weights(), source=str(self.checkpoint.path)
-            )
-        self.unreadable = UnreadableCount(self.count, config.max_unreadable, unreadable)
-        self.wrapped, self.optimizer = distribute(self.model, config, accelerator)
-        # Shapes and masking ratio do not change in a run: none is to be taken as
-        # unknown.
-        self.forward = (
-            torch.compile(self.wrapped, dynamic=False)
-            if config.compile
-            else self.wrapped
+        super().__init__(
+            config, self.plan, data, run, accelerator, report, report_unreadable
         )
-        if self.checkpoint is not None:
-            states = self.checkpoint.optimizer()
-            load_optimizer_state(self.wrapped, self.optimizer, states["optimizer"])
-            if accelerator.scaler is not None:
-                accelerator.scaler.load_state_dict(states["scaler"])
+
+    def initial_model(self) -> MaskedAutoencoder:
+        """Fresh weights of the run's seed."""
+        return fresh_model(self.config.model, self.config.seed)
+
+    def distributed(self) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """The model and its AdamW, as a copy or as a share."""
+        return distribute(self.model, self.config, self.accelerator)
 
     def introduce(self) -> None:
         """Check what can fail before the work, and say what is about to run."""
@@ -375,100 +307,6 @@ class Trainer:
         self.optimizer.zero_grad()
         return torch.stack(losses).mean(), norm.detach()
 
-    def fit(self, progress: bool) -> None:
-        """Train to the last step; checkpoints, log and progress bar on the main
-        process.
-
-        Raises
-        ------
-        TrainingDivergedError, CheckpointError, ValueError
-            See :func:`pretrain`.
-        """
-        config, main = self.config, self.accelerator.is_main_process
-        if main:
-            self.run.rewind(self.step)
-        self.wrapped.train()
-        with (
-            StopSignals() as signals,
-            Progress(
-                self.run, self.plan, self.step, progress, main, self.report
-            ) as shown,
-        ):
-            batches = iter(self.batches())
-            while self.step < self.plan.steps:
-                self.pending.append(torch.stack(self.update(batches)).float())
-                self.step += 1
-                last = self.step == self.plan.steps
-                stop = signals.agreed() and not last
-                milestone = self.plan.passes(self.step, config.milestone_epochs)
-                log = self.step % config.log_every == 0 or last
-                save = self.step % config.checkpoint_every == 0 or last
-                save = save or milestone or stop
-                if log or save:
-                    values = self.check_finite()
-                if log:
-                    record = self.record(values)
-                    self.pending = []
-                    if main:
-                        self.run.log(record)
-                    shown.line(record)
-                if self.plan.passes(self.step, config.evaluate_epochs):
-                    self.evaluate(shown)
-                if save:
-                    self.save([] if log else values, milestone)
-                if stop:
-                    self.stop(signals.received)
-                if (
-                    config.picture_every is not None
-                    and self.step % config.picture_every == 0
-                ):
-                    self.draw(shown)
-                shown.bar.update()
-
-    def check_finite(self) -> list[list[float]]:
-        """(loss, gradient norm) of the steps since the last line, averaged over
-        processes; raises if not finite.
-        """
-        values = self.accelerator.reduce(
-            torch.stack(self.pending), reduction="mean"
-        ).tolist()
-        for step, (loss, norm) in enumerate(values, start=self.step - len(values) + 1):
-            # With a loss scaler an overflowing gradient is normal: the step is skipped
-            # and the scale lowered.
-            if not math.isfinite(loss) or (
-                self.accelerator.scaler is None and not math.isfinite(norm)
-            ):
-                what = (
-                    f"the loss is {loss}"
-                    if not math.isfinite(loss)
-                    else f"the gradient's norm is {norm}"
-                )
-                rate = self.plan.lr(step - 1)
-                kept = self.run.latest()
-                good = (
-                    "there is no checkpoint yet"
-                    if kept is None
-                    else f"the last good checkpoint is {kept.path}"
-                )
-                raise TrainingDivergedError(
-                    f"{what} at step {step} (learning rate {rate:.3g}); {good}"
-                )
-        return values
-
-    def record(self, values: list[list[float]]) -> dict[str, Any]:
-        """A line of the log: means over the steps since the last one, and the last
-        step's learning rate.
-        """
-        losses, norms = ([v[i] for v in values] for i in (0, 1))
-        finite = [norm for norm in norms if math.isfinite(norm)]
-        return {
-            "step": self.step,
-            "epoch": round(self.plan.epoch(self.step), 3),
-            "loss": sum(losses) / len(losses),
-            "lr": self.plan.lr(self.step - 1),
-            "gradient_norm": sum(finite) / len(finite) if finite else None,
-        }
-
     def whole_model(self) -> MaskedAutoencoder | None:
         """The model in one piece; ``None`` on other processes when it is sharded.
         Every process calls it.
@@ -482,6 +320,20 @@ class Trainer:
         model.load_weights(weights, source="the processes' shares")
         return model
 
+    def due(self) -> bool:
+        """Whether the run passes a multiple of ``evaluate_epochs``."""
+        return self.plan.passes(self.step, self.config.evaluate_epochs)
+
+    def milestone(self) -> bool:
+        """Whether the run passes a multiple of ``milestone_epochs``."""
+        return self.plan.passes(self.step, self.config.milestone_epochs)
+
+    def after_step(self, shown: Progress) -> None:
+        """Reconstructions by the current weights, every so many steps."""
+        every = self.config.picture_every
+        if every is not None and self.step % every == 0:
+            self.draw(shown)
+
     def evaluate(self, shown: Progress) -> None:
         """The held-out loss and what the evaluators give, by the main process."""
         model = self.whole_model()
@@ -491,43 +343,8 @@ class Trainer:
             scores = {"held_out_loss": loss}
             for evaluate in self.evaluators:
                 scores |= evaluate(model, self.data)
-            where = {"step": self.step, "epoch": round(self.plan.epoch(self.step), 3)}
-            self.run.log_evaluation({**where, **scores})
-            shown.evaluation(self.step, scores)
+            self.log_evaluation(scores, shown)
         self.accelerator.wait_for_everyone()
-
-    def stop(self, received: str | None) -> None:
-        """End a run that was asked to stop and has its checkpoint."""
-        if self.accelerator.is_main_process:
-            record = {"step": self.step, "steps": self.plan.steps}
-            with self.run.writing(STOPPED_FILE):
-                write_json(self.run.path / STOPPED_FILE, record)
-        self.accelerator.wait_for_everyone()
-        raise TrainingStoppedError(
-            f"{received or 'another process'} ended the run after step {self.step:,} "
-            f"of {self.plan.steps:,}, with a checkpoint; the same command continues it"
-        )
-
-    def save(self, values: list[list[float]], milestone: bool) -> None:
-        """A checkpoint of the current step, kept for good if it is a ``milestone``;
-        ``values`` are what the log has not got yet.
-        """
-        accelerator = self.accelerator
-        accelerator.wait_for_everyone()
-        model, state = self.whole_model(), optimizer_state(self.wrapped, self.optimizer)
-        met = dict(self.unreadable.met)
-        for others in gather_object([met]) if accelerator.num_processes > 1 else []:
-            met |= others
-        if accelerator.is_main_process and model is not None:
-            states = {
-                "optimizer": state,
-                "scaler": accelerator.scaler.state_dict() if accelerator.scaler else {},
-            }
-            named = {str(index): message for index, message in met.items()}
-            progress = {"pending": values, "unreadable": named}
-            self.checkpoint = self.run.save(
-                self.step, model, states, progress, milestone
-            )
 
     def draw(self, shown: Progress) -> None:
         """A picture of reconstructions by the current weights."""
@@ -538,31 +355,18 @@ class Trainer:
                 draw_reconstructions(path, model, self.data, self.config)
             shown.show_picture(path, self.step)
 
-    def finish(self, command: str) -> None:
-        """Write weights, pictures and summary of a run whose steps are done; the
-        summary last.
-        """
-        model = self.whole_model()
-        if self.accelerator.is_main_process and model is not None:
-            what = "the finished run (its steps are done; the same call writes it)"
-            with self.run.writing(what):
-                self.write_result(model, command)
-        self.accelerator.wait_for_everyone()
-
     def write_result(self, model: MaskedAutoencoder, command: str) -> None:
-        """The files of a finished run, on the main process."""
+        """Weights, pictures and, last, the summary."""
         config, run = self.config, self.run
         left_out: list[str] = []
         pictures = some_batches(
             self.data.held_out, config.model, report=left_out.append
         )
-        last_epoch = self.step - self.plan.steps_per_epoch
-        losses = [line["loss"] for line in run.logged() if line["step"] > last_epoch]
         model.save_pretrained(run.path)
         draw_reconstructions(run.path / PICTURES_FILE, model, self.data, config)
         summary = {
             "steps": self.step,
-            "train_loss": sum(losses) / len(losses),
+            "train_loss": self.last_epoch_loss(),
             "held_out_loss": held_out_loss(model, pictures, config.mask_ratio),
             "held_out_unreadable": left_out,
             "trivial_loss": {

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from crate_core.training.recipe import Plan
+from crate_core.training.recipe import Schedule
 from crate_core.training.run_directory import RunDirectory
 
 PICTURE_FOLDER = "pictures"
@@ -38,7 +38,7 @@ class Progress:
     Parameters
     ----------
     run : where files go.
-    plan : the run's configuration, steps and what loss is normal.
+    plan : the run's configuration, steps and, for pretraining, what loss is normal.
     start : first step.
     bar : show a progress bar on stderr.
     main : whether this is the main process.
@@ -50,7 +50,7 @@ class Progress:
     def __init__(
         self,
         run: RunDirectory,
-        plan: Plan,
+        plan: Schedule,
         start: int,
         bar: bool,
         main: bool,

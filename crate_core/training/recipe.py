@@ -1,5 +1,5 @@
-r"""What a pretraining run is: one frozen, validated record, and its plan, which knows
-the number of pictures too.
+r"""What a run is: one frozen, validated record, and its schedule, which knows the
+number of pictures too.
 
 The recipes are in :mod:`crate_core.training.presets`; most are that of MAE (He et al.,
 2022): AdamW with betas (0.9, 0.95), peak learning rate ``lr * batch_size / 256``,
@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 from crate_core.checks import (
     check_choice,
@@ -33,7 +33,7 @@ from crate_core.model.config import (
 )
 from crate_core.training.checks import check_betas
 from crate_core.training.expected import band_at, measured
-from crate_core.training.presets import PRESETS
+from crate_core.training.presets import PRESETS, Preset
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -66,15 +66,18 @@ class FromPreset:
 
 FROM_PRESET: Any = FromPreset()
 
+Config = TypeVar("Config", bound="TrainingConfig")
+
 
 @dataclass(frozen=True)
-class PretrainConfig:
-    """Every choice of a pretraining run.
+class TrainingConfig:
+    """What pretraining and fine-tuning both choose: pictures, budget, optimizer,
+    machine.
 
     A field that is not given is the preset's, whichever constructor is used, so that
-    ``PretrainConfig(preset=NAME)`` and ``PretrainConfig.from_preset(NAME)`` are the
-    same record.  (``dataclasses.replace`` gives every field, so that a ``preset``
-    replaced in this way is a name and nothing else.)
+    ``CONFIG(preset=NAME)`` and ``CONFIG.from_preset(NAME)`` are the same record.
+    (``dataclasses.replace`` gives every field, so that a ``preset`` replaced in this
+    way is a name and nothing else.)
 
     Raises
     ------
@@ -85,17 +88,20 @@ class PretrainConfig:
     Book: :ref:`ch-first-training`.
     """
 
+    presets: ClassVar[Mapping[str, Preset]] = {}
+    operational: ClassVar[frozenset[str]] = OPERATIONAL
+    default_output: ClassVar[str] = "runs/{}"
+
     preset: str = "digits"
-    """Recipe that the other fields default to; see crate_core.training.presets.PRESETS.
-    """
+    """Recipe that the other fields default to."""
     output_dir: str = ""
-    """Where weights, config, logs and checkpoints go; runs/PRESET unless given."""
+    """Where weights, config, logs and checkpoints go; a folder of runs, named after
+    the preset, unless given.
+    """
     data: str = FROM_PRESET
     """digits, folder:PATH, shards:PATH (which crate prepare writes), torchvision:NAME,
     or hf:NAME-OR-PARQUET-PATH.
     """
-    model: ModelConfig = FROM_PRESET
-    """The model; image_size is what pictures are cropped to."""
     epochs: float = FROM_PRESET
     """Passes over the training pictures; they set the learning-rate schedule."""
     max_steps: int | None = None
@@ -119,6 +125,128 @@ class PretrainConfig:
     """AdamW's averaging constants."""
     clip_gradient: float | None = FROM_PRESET
     """Largest gradient norm; None does not clip, as MAE."""
+    seed: int = 0
+    """Fixes initial weights, the order of pictures, augmentation, and masks or mixing.
+    """
+    precision: Precision = FROM_PRESET
+    """fp32, or mixed precision in bf16 or fp16."""
+    device: Device = "auto"
+    """auto takes a GPU when there is one."""
+    compile: bool = False
+    """Compile the model with torch.compile: a minute at the start for faster steps."""
+    workers: int = FROM_PRESET
+    """Processes that read pictures; batches do not depend on it."""
+    checkpoint_every: int = FROM_PRESET
+    """Steps between checkpoints."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl; each holds means over these steps."""
+    max_unreadable: float = 0.1
+    """Share of unreadable pictures above which the run stops."""
+    tensorboard: bool = False
+    """Also write losses, gradient norm, throughput and pictures to the folder
+    tensorboard.
+    """
+    data_root: str = "data"
+    """Where torchvision's datasets lie, or are downloaded to."""
+
+    def __post_init__(self) -> None:
+        require(
+            self,
+            "preset",
+            isinstance(self.preset, str) and self.preset in self.presets,
+            ", ".join(self.presets),
+        )
+        for name, value in self.presets[self.preset].fields.items():
+            if getattr(self, name) is FROM_PRESET:
+                store(self, name, value)
+        if not self.output_dir:
+            store(self, "output_dir", self.default_output.format(self.preset))
+        for name in ("output_dir", "data", "data_root"):
+            check_text(self, name)
+        check_choice(self, "precision", get_args(Precision))
+        check_choice(self, "device", get_args(Device))
+        for name in ("compile", "tensorboard"):
+            check_flag(self, name)
+        for name in ("batch_size", "accumulate", "checkpoint_every", "log_every"):
+            check_integer(self, name, least=1)
+        check_integer(self, "max_steps", least=1, optional=True)
+        for name in ("workers", "seed"):
+            check_integer(self, name)
+        for name in ("epochs", "lr"):
+            check_number(self, name, "a positive number")
+        check_number(self, "weight_decay", "zero or a positive number", ends="[]")
+        check_number(self, "warmup_ratio", "a share in [0, 1)", 0, 1, "[)")
+        check_number(self, "max_unreadable", "a share in [0, 1]", 0, 1, "[]")
+        check_number(self, "clip_gradient", "a positive number or None", optional=True)
+        check_betas(self, "betas")
+        require(
+            self,
+            "accumulate",
+            self.batch_size % self.accumulate == 0,
+            f"a divisor of batch_size={self.batch_size}",
+        )
+
+    @classmethod
+    def from_preset(cls: type[Config], name: str, **overrides: Any) -> Config:
+        """A preset with some fields replaced; ``ValueError`` for an unknown preset or
+        field.
+        """
+        return cls.from_dict({**overrides, "preset": name})
+
+    @property
+    def peak_lr(self) -> float:
+        """Learning rate at the end of warm-up, ``lr * batch_size / 256``."""
+        return self.lr * self.batch_size / 256
+
+    @property
+    def warmup_epochs(self) -> float:
+        """Epochs of warm-up, ``warmup_ratio * epochs``."""
+        return self.warmup_ratio * self.epochs
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, ready for JSON."""
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in asdict(self).items()
+        }
+
+    @classmethod
+    def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
+        """The record that :meth:`to_dict` wrote, or one that leaves fields to its
+        preset; ``ValueError`` names unknown fields.
+        """
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(values.keys() - set(known))
+        if unknown:
+            raise ValueError(f"unknown fields {unknown}; accepted are {known}")
+        return cls(**values)
+
+    def identity(self) -> dict[str, Any]:
+        """The fields that decide what the run computes, flat, ready for JSON."""
+        return {
+            name: value
+            for name, value in self.to_dict().items()
+            if name not in self.operational | {"preset"}
+        }
+
+
+@dataclass(frozen=True)
+class PretrainConfig(TrainingConfig):
+    """Every choice of a pretraining run.
+
+    Raises
+    ------
+    ValueError
+        On construction, naming the field, what was given and what is accepted, for
+        wrong types too.
+
+    Book: :ref:`ch-first-training`.
+    """
+
+    presets: ClassVar[Mapping[str, Preset]] = PRESETS
+
+    model: ModelConfig = FROM_PRESET
+    """The model; image_size is what pictures are cropped to."""
     mask_ratio: float = FROM_PRESET
     """Share of patches to remove."""
     augmentation: Augmentation = FROM_PRESET
@@ -126,22 +254,10 @@ class PretrainConfig:
     crop_blur_solarize: shorter side to 8/7 of the model's, random crop, flip, blur of
     a tenth and solarisation of a fifth of the pictures.
     """
-    seed: int = 0
-    """Fixes the initial weights, the order of pictures, augmentation and masks."""
-    precision: Precision = FROM_PRESET
-    """fp32, or mixed precision in bf16 or fp16."""
-    device: Device = "auto"
-    """auto takes a GPU when there is one."""
-    compile: bool = False
-    """Compile the model with torch.compile: a minute at the start for faster steps."""
     shard: bool = FROM_PRESET
     """Spread weights, gradients and optimizer over the processes (FSDP2) instead of a
     copy on each (DDP).
     """
-    workers: int = FROM_PRESET
-    """Processes that read pictures; batches do not depend on it."""
-    checkpoint_every: int = FROM_PRESET
-    """Steps between checkpoints."""
     milestone_epochs: float | None = None
     """Epochs between checkpoints that are kept for good, in the folder milestones;
     None keeps the newest checkpoint alone.
@@ -159,39 +275,17 @@ class PretrainConfig:
     """Start from a checkpoint of another run (its directory, or one of its checkpoints
     or milestones), with another learning rate, say: no continuation of that run.
     """
-    log_every: int = 10
-    """Steps between lines of metrics.jsonl; each holds means over these steps."""
-    max_unreadable: float = 0.1
-    """Share of unreadable pictures above which the run stops."""
     picture_every: int | None = None
     """Steps between reconstruction pictures (reconstructions.png in the output
     directory); None: at the end only.
-    """
-    tensorboard: bool = False
-    """Also write losses, gradient norm, throughput and pictures to the folder
-    tensorboard.
     """
     streaming: bool = False
     """Read hf: data as it comes instead of copying it to the disk first; shuffled
     through a buffer.
     """
-    data_root: str = "data"
-    """Where torchvision's datasets lie, or are downloaded to."""
 
     def __post_init__(self) -> None:
-        require(
-            self,
-            "preset",
-            isinstance(self.preset, str) and self.preset in PRESETS,
-            ", ".join(PRESETS),
-        )
-        for name, value in PRESETS[self.preset].fields.items():
-            if getattr(self, name) is FROM_PRESET:
-                store(self, name, value)
-        if not self.output_dir:
-            store(self, "output_dir", f"runs/{self.preset}")
-        for name in ("output_dir", "data", "data_root"):
-            check_text(self, name)
+        super().__post_init__()
         require(
             self,
             "model",
@@ -199,18 +293,9 @@ class PretrainConfig:
             "a CrateMAEConfig or a ViTMAEConfig",
         )
         check_choice(self, "augmentation", get_args(Augmentation))
-        check_choice(self, "precision", get_args(Precision))
-        check_choice(self, "device", get_args(Device))
-        for name in ("compile", "shard", "tensorboard", "streaming"):
+        for name in ("shard", "streaming"):
             check_flag(self, name)
-        for name in ("batch_size", "accumulate", "checkpoint_every", "log_every"):
-            check_integer(self, name, least=1)
-        for name in ("max_steps", "picture_every"):
-            check_integer(self, name, least=1, optional=True)
-        for name in ("workers", "seed"):
-            check_integer(self, name)
-        for name in ("epochs", "lr"):
-            check_number(self, name, "a positive number")
+        check_integer(self, "picture_every", least=1, optional=True)
         for name in ("milestone_epochs", "evaluate_epochs"):
             check_number(self, name, "a positive number or None", optional=True)
         check_text(self, "branch_from", optional=True)
@@ -219,17 +304,6 @@ class PretrainConfig:
         ok = plain and all(isinstance(n, str) and n.count(":") == 1 for n in names)
         require(self, "evaluators", ok, "names MODULE:FUNCTION")
         store(self, "evaluators", tuple(names))
-        check_number(self, "weight_decay", "zero or a positive number", ends="[]")
-        check_number(self, "warmup_ratio", "a share in [0, 1)", 0, 1, "[)")
-        check_number(self, "max_unreadable", "a share in [0, 1]", 0, 1, "[]")
-        check_number(self, "clip_gradient", "a positive number or None", optional=True)
-        check_betas(self, "betas")
-        require(
-            self,
-            "accumulate",
-            self.batch_size % self.accumulate == 0,
-            f"a divisor of batch_size={self.batch_size}",
-        )
         require(
             self,
             "shard",
@@ -251,55 +325,26 @@ class PretrainConfig:
         visible = int(patches * (1 - self.mask_ratio))
         require(self, "mask_ratio", 0 < visible < patches, accepted)
 
-    @classmethod
-    def from_preset(cls, name: str, **overrides: Any) -> "PretrainConfig":
-        """A preset with some fields replaced; ``ValueError`` for an unknown preset or
-        field.
-        """
-        return cls.from_dict({**overrides, "preset": name})
-
-    @property
-    def peak_lr(self) -> float:
-        """Learning rate at the end of warm-up, ``lr * batch_size / 256``."""
-        return self.lr * self.batch_size / 256
-
-    @property
-    def warmup_epochs(self) -> float:
-        """Epochs of warm-up, ``warmup_ratio * epochs``."""
-        return self.warmup_ratio * self.epochs
-
     def to_dict(self) -> dict[str, Any]:
         """All fields, ready for JSON."""
-        return {
-            **asdict(self),
-            "betas": list(self.betas),
-            "evaluators": list(self.evaluators),
-            "model": self.model.to_dict(),
-        }
+        return {**super().to_dict(), "model": self.model.to_dict()}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "PretrainConfig":
+    def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
         """The record that :meth:`to_dict` wrote, or one that leaves fields to its
         preset; ``ValueError`` names unknown fields.
         """
-        known = [field.name for field in fields(cls)]
-        unknown = sorted(values.keys() - set(known))
-        if unknown:
-            raise ValueError(f"unknown fields {unknown}; accepted are {known}")
         model = values.get("model", FROM_PRESET)
         if isinstance(model, Mapping):
-            model = config_from_dict(model)
-        return cls(**{**values, "model": model})
+            values = {**values, "model": config_from_dict(model)}
+        return super().from_dict(values)  # type: ignore[misc]
 
     def identity(self) -> dict[str, Any]:
         """The fields that decide what the run computes, flat (``model.dim``), ready for
         JSON.
         """
-        own = {
-            name: value
-            for name, value in self.to_dict().items()
-            if name not in OPERATIONAL | {"model", "preset"}
-        }
+        own = super().identity()
+        del own["model"]
         model = {f"model.{name}": v for name, v in self.model.to_dict().items()}
         return {
             name: list(value) if isinstance(value, tuple) else value
@@ -328,9 +373,9 @@ def warmup_cosine(
 
 
 @dataclass(frozen=True)
-class Plan:
+class Schedule:
     r"""A run's configuration and how many pictures there are: together they fix its
-    steps, learning rates and what loss is normal when.
+    steps and learning rates.
 
     Parameters
     ----------
@@ -345,7 +390,7 @@ class Plan:
     Book: :ref:`ch-first-training`.
     """
 
-    config: PretrainConfig
+    config: TrainingConfig
     count: int
 
     def __post_init__(self) -> None:
@@ -391,6 +436,23 @@ class Plan:
         return warmup_cosine(
             self.epoch(step), config.peak_lr, config.warmup_epochs, config.epochs
         )
+
+    def expected(self, step: int) -> tuple[float, float] | None:
+        """Lowest and highest loss that a line of the log normally shows after ``step``
+        steps; ``None`` where nothing was measured.
+        """
+        del step
+        return None
+
+
+@dataclass(frozen=True)
+class Plan(Schedule):
+    """A pretraining run's schedule, and what loss is normal when.
+
+    Book: :ref:`ch-first-training`.
+    """
+
+    config: PretrainConfig
 
     def differing(self) -> list[str]:
         """Fields in which the run differs from its preset, but for the seed and where

@@ -11,6 +11,7 @@ Layout of an output directory::
     .lock                       held by the process that trains, until it ends
     checkpoints/step-00000500/  model and config, optimizer.pt, progress.json
     milestones/step-00000500/   the same, kept for good, when asked for
+    best/                       of fine-tuning: the model of the best held-out accuracy
     stopped.json                a signal ended the run after a step: start it again
     model.safetensors config.json reconstructions.png summary.json     when finished
 
@@ -32,8 +33,8 @@ from typing import IO, Any
 import torch
 from safetensors import SafetensorError
 
-from crate_core.model.autoencoder import MaskedAutoencoder
 from crate_core.model.files import CONFIG_FILE, WEIGHTS_FILE, StateDict, load_weights
+from crate_core.model.saved import SavedModel
 from crate_core.records import RUN_FILE, atomic_write, write_json
 from crate_core.training.yardsticks import TrivialLoss
 
@@ -46,6 +47,7 @@ SUMMARY_FILE = "summary.json"
 PICTURES_FILE = "reconstructions.png"
 CHECKPOINTS = "checkpoints"
 MILESTONES = "milestones"
+BEST = "best"
 OPTIMIZER_FILE = "optimizer.pt"
 PROGRESS_FILE = "progress.json"
 CHECKPOINT_FILES = frozenset({CONFIG_FILE, WEIGHTS_FILE, OPTIMIZER_FILE, PROGRESS_FILE})
@@ -288,7 +290,7 @@ class RunDirectory:
     def save(
         self,
         step: int,
-        model: MaskedAutoencoder,
+        model: SavedModel,
         optimizer: Mapping[str, Any],
         progress: Mapping[str, Any],
         milestone: bool = False,
@@ -349,6 +351,37 @@ class RunDirectory:
         shutil.copytree(checkpoint, partial, copy_function=link_or_copy)
         partial.rename(self.milestones / name)
         sync(self.milestones)
+
+    def keep_best(self, step: int, model: SavedModel) -> None:
+        """Write the best model so far, whole or not at all; an earlier one stays until
+        :meth:`show_best`.
+        """
+        partial = self.path / BEST / ".partial"
+        final = self.path / BEST / f"step-{step:08d}"
+        with self.writing(f"the best model, of step {step}"):
+            for path in (partial, final):
+                shutil.rmtree(path, ignore_errors=True)
+            model.save_pretrained(partial)
+            for file in [*partial.iterdir(), partial]:
+                sync(file)
+            partial.rename(final)
+
+    def show_best(self, step: int) -> None:
+        """Let the folder ``best`` be the model of ``step``, and drop the others.  Once
+        the checkpoint that knows of it is written.
+        """
+        kept = self.path / BEST / f"step-{step:08d}"
+        with self.writing(f"the best model, of step {step}"):
+            for name in (WEIGHTS_FILE, CONFIG_FILE):
+                partial = self.path / BEST / f".{name}.partial"
+                partial.unlink(missing_ok=True)
+                link_or_copy(str(kept / name), str(partial))
+                partial.replace(self.path / BEST / name)
+                # two names of one file: replacing does nothing then
+                partial.unlink(missing_ok=True)
+            for path in (self.path / BEST).glob("step-*"):
+                if path != kept:
+                    shutil.rmtree(path)
 
     def adopt(self, checkpoint: "Checkpoint") -> None:
         """Begin with a copy of another run's checkpoint, whole or absent."""
@@ -412,6 +445,12 @@ class RunDirectory:
             if self.metrics.exists()
             else []
         )
+
+    def evaluated(self) -> list[dict[str, Any]]:
+        """All records of evaluations."""
+        path = self.evaluations
+        lines = path.read_text(encoding="utf8").splitlines() if path.exists() else []
+        return [json.loads(line) for line in lines]
 
     def finished(self, steps: int) -> bool:
         """Whether a run of this many steps is done and written."""

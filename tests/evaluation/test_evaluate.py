@@ -2,7 +2,6 @@
 record of an evaluation.
 """
 
-import copy
 import json
 import math
 from dataclasses import replace
@@ -28,7 +27,8 @@ from crate_core.evaluation.evaluate import (
     table,
 )
 from crate_core.evaluation.features import PIXEL_SIDE, encode, small_pixels
-from crate_core.evaluation.finetune import FinetuneConfig, finetune
+from crate_core.evaluation.finetune import finetune
+from crate_core.evaluation.finetune_recipe import FinetuneConfig
 from crate_core.evaluation.labels import few_labels
 from crate_core.evaluation.probe import (
     INVERSE_REGULARIZATION,
@@ -510,11 +510,12 @@ def test_each_part_can_be_left_out(checkpoint: Path) -> None:
 
 
 def test_fine_tuning_stands_beside_the_same_network_from_scratch(
-    checkpoint: Path, model: CrateMAE
+    checkpoint: Path, model: CrateMAE, tmp_path: Path
 ) -> None:
     config = FinetuneConfig(
-        epochs=3.0, batch_size=20, lr=0.1, augmentation="none", layer_decay=0.5
-    )
+        epochs=3.0, batch_size=20, lr=0.1, augmentation="none", layer_decay=0.5,
+        seeds=2, device="cpu",
+    )  # fmt: skip
     record = evaluate(
         checkpoint,
         seeds=2,
@@ -535,13 +536,18 @@ def test_fine_tuning_stands_beside_the_same_network_from_scratch(
         line for line in table(record) if "scratch" in line
     )
     # The second seed's runs, by hand; from scratch every layer learns at the full rate.
-    own = finetune(copy.deepcopy(model), STRIPES, replace(config, seed=1)).accuracy
+    second = replace(config, seed=1, seeds=1)
+    own = finetune(
+        replace(second, output_dir=str(tmp_path / "own")),
+        False, str, model=model, data=STRIPES,
+    )  # fmt: skip
     fresh = finetune(
-        fresh_model(TINY, 1), STRIPES, replace(config, seed=1, layer_decay=1.0)
-    ).accuracy
+        replace(second, layer_decay=1.0, output_dir=str(tmp_path / "fresh")),
+        False, str, model=fresh_model(TINY, 1), data=STRIPES,
+    )  # fmt: skip
     assert [scores[row]["accuracies"][1] for row in ("pretrained", "from scratch")] == [
-        own,
-        fresh,
+        own.accuracy,
+        fresh.accuracy,
     ]
 
 
@@ -587,20 +593,14 @@ def test_the_command_line_passes_every_option_on(
         None,
     )
     assert json.loads(output.read_text())["seeds"] == []
-    tuning = [
-        "--finetune-epochs",
-        "4",
-        "--finetune-lr",
-        "0.01",
-        "--finetune-batch-size",
-        "32",
-    ]
-    assert main([*command, *tuning, "--finetune-precision", "bf16"]) == 0
+    tuning = ["--finetune", "digits", "--finetune-epochs", "4", "--finetune-seeds", "3"]
+    assert main([*command, *tuning]) == 0
     assert given["neighbours"] is True
     assert given["fine_tuning"] == FinetuneConfig(
-        epochs=4.0, warmup_ratio=0.1, lr=0.01, batch_size=32, precision="bf16"
+        "digits", epochs=4.0, seeds=3, device="cpu"
     )
-    assert main([*command, "--finetune-epochs", "4", "--finetune-lr", "-1"]) == 2
+    assert main([*command, "--finetune", "no-such-preset"]) == 2
+    assert main([*command, "--finetune-epochs", "4"]) == 2
 
 
 def test_a_vit_is_evaluated_alike(checkpoint: Path) -> None:

@@ -27,9 +27,9 @@ from crate_core.model.config import CrateMAEConfig
 from crate_core.model.crate import CrateMAE
 from crate_core.model.patches import patchify
 from crate_core.records import git_commit, provenance
+from crate_core.training.loop import TrainingDivergedError
 from crate_core.training.pretrain import (
     PICTURES_SHOWN,
-    TrainingDivergedError,
     pretrain,
 )
 from crate_core.training.recipe import Plan, PretrainConfig

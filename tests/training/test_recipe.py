@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_runs import ENVIRONMENT, ROOT, TINY
 
-from crate_core.evaluation.finetune import FinetuneConfig
+from crate_core.evaluation.finetune_recipe import FinetuneConfig
 from crate_core.model.crate import CrateMAE
 from crate_core.training.devices import make_optimizer
 from crate_core.training.presets import PRESETS
