@@ -6,8 +6,9 @@ masking.
 
 Writes a fine-tuning run, ``DIR/config.json`` and ``DIR/model.safetensors`` (whose
 encoder every tool here opens; its decoder is untrained) and ``DIR/summary.json``
-(held-out accuracy, provenance).  bf16 and compiled, on one core; ``--preset cifar10-tiny-vit`` trains the
-ViT instead, ``--precision fp32 --no-compile`` is the plain run.
+(held-out accuracy, provenance).  bf16 and compiled, on one core;
+``--preset cifar10-tiny-vit`` trains the ViT instead, ``--precision fp32 --no-compile``
+is the plain run.
 """
 
 import argparse

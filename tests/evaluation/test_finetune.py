@@ -484,7 +484,7 @@ def first_gradient(directory: Path, **changes: Any) -> dict[str, torch.Tensor]:
         taken.update({n: p.grad.clone() for n, p in own if p.grad is not None})
 
     trainer.optimizer.step = take  # type: ignore[method-assign, assignment]
-    trainer.update(next(iter(trainer.batches())))
+    trainer.update(iter(trainer.batches()))
     return taken
 
 
