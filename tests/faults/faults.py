@@ -419,8 +419,8 @@ FAULTS = [
     *faults(
         "model/layers.py",
         (
-            "        return x + self.attention(self.norm_attention(x))",
-            "        return self.attention(self.norm_attention(x))",
+            "        return x + self.drop_path(self.attention(self.norm_attention(x)))",
+            "        return self.drop_path(self.attention(self.norm_attention(x)))",
             "compression without its skip connection",
         ),
         (
