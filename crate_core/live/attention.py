@@ -35,8 +35,10 @@ def inputs() -> dict[str, Any]:
     of the identity, memberships go round.
     """
     generator = torch.Generator().manual_seed(5)
-    codes = torch.randn(TOKENS, RANK, generator=generator) / math.sqrt(RANK)
-    noise = torch.randn(TOKENS, HEADS * RANK, generator=generator)
+    # a type of its own: a page may have set another default, which draws other numbers
+    kind: dict[str, Any] = {"generator": generator, "dtype": torch.float32}
+    codes = torch.randn(TOKENS, RANK, **kind) / math.sqrt(RANK)
+    noise = torch.randn(TOKENS, HEADS * RANK, **kind)
     return {
         "heads": HEADS,
         "rank": RANK,

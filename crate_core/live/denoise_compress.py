@@ -45,7 +45,7 @@ def inputs() -> dict[str, Any]:
         labels = torch.arange(TOKENS) % mix.components
         sample = mix.sample(TOKENS, 0.0, labels=labels, generator=generator)
         coordinates = (sample.clean[:, None, :] @ mix.bases[labels])[:, 0]
-        noise = torch.randn(TOKENS, mix.dim, generator=generator)
+        noise = torch.randn(TOKENS, mix.dim, generator=generator, dtype=torch.float64)
         spaces[name] = {
             "bases": bases,
             "codes": rounded(coordinates, 2),

@@ -5,6 +5,7 @@ script runs.
 Without Chromium these tests skip.
 """
 
+import importlib
 import math
 import os
 import random
@@ -117,6 +118,23 @@ def differences(ours: Any, pages: Any, close: float, where: str = "") -> list[st
         if math.isclose(ours, pages, rel_tol=close, abs_tol=1e-12)
         else [f"{where}: {ours} and {pages}"]
     )
+
+
+DRAWN = ["attention", "denoise_compress", "flow", "layer"]
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_drawn_tokens_do_not_depend_on_the_page(name: str) -> None:
+    """Chapters set other default types; one figure stands in two chapters."""
+    inputs = importlib.import_module(f"crate_core.live.{name}").inputs.__wrapped__
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        in_double = inputs()
+        torch.set_default_dtype(torch.float32)
+        assert inputs() == in_double
+    finally:
+        torch.set_default_dtype(before)
 
 
 @pytest.fixture(scope="module")
