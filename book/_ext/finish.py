@@ -49,8 +49,7 @@ EDGES = """
   }, {capture: true, passive: true});
   window.addEventListener("resize", all, {passive: true});
   window.addEventListener("load", function () {
-    var ready = window.MathJax && MathJax.startup && MathJax.startup.promise;
-    Promise.resolve(ready).then(all);
+    document.fonts.ready.then(all);
   });
 })();
 """

@@ -1,58 +1,22 @@
 """Sphinx extension: what the site needs to work from a disk without a network.
 
-* Mathematics: MathJax is copied out of the installed package `sphinx-mathjax-offline`
-  into the built site; only the part a page can ask for (the component for TeX and
-  MathML input, the TeX extensions that load on demand, the WOFF fonts: 2 MB of its 22
-  MB).
 * Proofs that are folded (`:class: dropdown`): sphinx-proof gives a proof no title,
   which the fold's script needs, and the same id to every proof of a page.
 * The project's address: when `repository: {url: ...}` of `_config.yml` has one, the
   repository, edit and issue buttons come on. Without one they stay off.
 """
 
-import shutil
-from importlib.metadata import files
 from pathlib import Path
 
 from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.config import Config
-from sphinx.errors import ExtensionError
 
-MATHJAX_SCRIPT = "tex-mml-chtml.js"
-MATHJAX_PARTS = (MATHJAX_SCRIPT, "input/tex/extensions", "output/chtml/fonts/woff-v2")
 REPOSITORY_BUTTONS = (
     "use_repository_button",
     "use_edit_page_button",
     "use_issues_button",
 )
-
-
-def mathjax_folder() -> Path:
-    """The folder of the installed MathJax; its Python package has a name that cannot be
-    imported.
-    """
-    for path in files("sphinx-mathjax-offline") or ():
-        if path.name == MATHJAX_SCRIPT:
-            return Path(str(path.locate())).parent
-    raise ExtensionError(
-        "the package sphinx-mathjax-offline is not installed: pip install -e '.[book]'"
-    )
-
-
-def copy_mathjax(app: Sphinx, exception: Exception | None) -> None:
-    """Copy MathJax beside the built pages, once."""
-    if exception is not None or app.builder.format != "html":
-        return
-    source, target = mathjax_folder(), Path(app.outdir) / "_static" / "mathjax"
-    for part in MATHJAX_PARTS:
-        if (target / part).exists():
-            continue
-        (target / part).parent.mkdir(parents=True, exist_ok=True)
-        if (source / part).is_dir():
-            shutil.copytree(source / part, target / part)
-        else:
-            shutil.copy2(source / part, target / part)
 
 
 def set_repository_buttons(app: Sphinx, config: Config) -> None:
@@ -104,10 +68,7 @@ def drop_builtins(app: Sphinx, exception: Exception | None) -> None:
 
 def setup(app: Sphinx) -> dict[str, object]:
     """Register the extension."""
-    app.setup_extension("sphinx.ext.mathjax")
-    app.config.mathjax_path = f"mathjax/{MATHJAX_SCRIPT}"
     app.connect("config-inited", set_repository_buttons)
     app.connect("doctree-read", mend_proofs)
-    app.connect("build-finished", copy_mathjax)
     app.connect("build-finished", drop_builtins)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

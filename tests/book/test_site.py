@@ -100,7 +100,6 @@ def tab(request: pytest.FixtureRequest, browser) -> Iterator[Visit]:
 
 
 MEASURE = r"""async () => {
-  if (window.MathJax && MathJax.startup) await MathJax.startup.promise;
   // pictures load when they come near: here all of them are wanted
   document.querySelectorAll("img[loading=lazy]").forEach(e => { e.loading = "eager"; });
   await Promise.all(Array.from(document.images, e => e.decode().catch(() => null)));
