@@ -72,7 +72,6 @@ OLD_CLAIMS = {
     "comparison": 9,
     "cost": 12,
     "evaluation": 10,
-    "layer_by_layer": 18,
     "pretraining": 9,
     "ten_questions": 5,
 }
