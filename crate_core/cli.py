@@ -175,8 +175,10 @@ def run_data(arguments: Sequence[str], command: str) -> None:
         readable,
         understood,
     )
-    from crate_core.records import atomic_write
+    from crate_core.records import atomic_write, check_writable
 
+    if options.output is not None:
+        check_writable(Path(options.output))
     data = (
         stream_data(options.source.removeprefix("hf:"))
         if options.streaming
@@ -207,6 +209,18 @@ def run_prepare(arguments: Sequence[str], command: str) -> None:
     prepare(PrepareConfig(**given))
 
 
+def output_file(given: str | None, checkpoint: str, name: str) -> Path:
+    """Where a command's result goes: where it says, or beside the checkpoint; checked
+    before the work.
+    """
+    from crate_core.records import check_writable
+
+    directory = Path(checkpoint) if Path(checkpoint).is_dir() else Path()
+    path = directory / name if given is None else Path(given)
+    check_writable(path)
+    return path
+
+
 def run_probe(arguments: Sequence[str], command: str) -> None:
     """``crate probe``."""
     options = parse(Probe, "probe", arguments)
@@ -214,6 +228,7 @@ def run_probe(arguments: Sequence[str], command: str) -> None:
     from crate_core.evaluation.probing import probe_checkpoint
     from crate_core.records import write_json
 
+    path = output_file(options.output, options.checkpoint, "probe.json")
     head = LinearHeadConfig(
         epochs=options.epochs,
         # a ninth, as 10 of MAE's 90
@@ -242,10 +257,6 @@ def run_probe(arguments: Sequence[str], command: str) -> None:
     )
     if not record:  # a process beside the first
         return
-    directory = (
-        Path(options.checkpoint) if Path(options.checkpoint).is_dir() else Path()
-    )
-    path = Path(options.output) if options.output else directory / "probe.json"
     write_json(path, record)
     print(f"saved in {path}")
 
@@ -264,6 +275,7 @@ def run_evaluate(arguments: Sequence[str], command: str) -> None:
     if options.finetune is None and options.finetune_epochs is not None:
         raise UsageError("--finetune-epochs: accepted with --finetune PRESET")
     epochs = options.finetune_epochs
+    path = output_file(options.output, options.checkpoint, EVALUATION_FILE)
     fine_tuning = (
         None
         if options.finetune is None
@@ -291,10 +303,6 @@ def run_evaluate(arguments: Sequence[str], command: str) -> None:
         max_unreadable=options.max_unreadable,
         report=print,
     )
-    directory = (
-        Path(options.checkpoint) if Path(options.checkpoint).is_dir() else Path()
-    )
-    path = Path(options.output) if options.output else directory / EVALUATION_FILE
     save_evaluation(record, path)
     print("\n".join(table(record)))
     print(f"saved in {path}")
@@ -318,6 +326,7 @@ def run_reconstruct(arguments: Sequence[str], command: str) -> None:
     from crate_core.model.build import load_model
     from crate_core.training.yardsticks import save_reconstructions
 
+    output_file(options.output, options.checkpoint, "")
     model = load_model(options.checkpoint)
     if not 1 <= options.count <= MOST_PICTURES:
         raise UsageError(
@@ -365,6 +374,7 @@ def run_inspect(arguments: Sequence[str], command: str) -> None:
     from crate_core.inspection.page import inspect_checkpoint, write_report
     from crate_core.model.build import load_model, pick_device
 
+    output_file(options.output, options.checkpoint, "")
     page = inspect_checkpoint(
         load_model(options.checkpoint).to(pick_device(options.device)),
         Path(options.checkpoint).name or options.checkpoint,
@@ -418,6 +428,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
     given = list(sys.argv[1:] if arguments is None else arguments)
+    # Bars of the datasets library are for terminals, too.
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # Names of files that a console cannot print are no reason to fail, and a log in a
     # file is read while it is written.
     for stream in (sys.stdout, sys.stderr):

@@ -50,6 +50,22 @@ def atomic_write(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def check_writable(path: Path) -> None:
+    """Check, before the work whose result it is to hold, that a file can be written.
+
+    Raises ``OSError`` if its folder is not there or not writable, or it is a folder.
+    """
+    folder = path.absolute().parent
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; name a file in it")
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{path} cannot be written: there is no folder {folder}"
+        )
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"{path} cannot be written: {folder} is not writable")
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON whole or not at all.
 

@@ -30,6 +30,7 @@ from crate_core.data.sources import (
     HELD_OUT,
     ImageData,
     ImageSource,
+    SelectedImages,
     digits,
     split_source,
 )
@@ -155,6 +156,11 @@ def torchvision_data(name: str, root: str | Path) -> ImageData:
         description,
     )
 
+
+KEPT_ROWS = 2048
+"""Rows of a stream that are kept in memory to be held out, and of its training part for
+the yardsticks.
+"""
 
 IMAGE_COLUMNS = ("image", "img")
 """Names that an image column is preferred by, in this order and any case."""
@@ -304,9 +310,12 @@ def open_tables(
     return {part: tables[n] for part, n in chosen_names.items()}, counts, left_out
 
 
-def hugging_face(location: str, labels: bool = True) -> ImageData:
+def hugging_face(
+    location: str, labels: bool = True, streamed: bool = False
+) -> ImageData:
     """A dataset in the Hugging Face image schema: parquet files here, or a name on the
-    Hub; without ``labels`` that column is not read.
+    Hub; without ``labels`` that column is not read.  Without a held-out part a tenth of
+    the rows is held out, at random, or the first ones if the table was ``streamed``.
 
     The image column is ``image`` or ``img``, else the only one that holds images
     (:func:`image_column`); labels are those of :func:`label_column` and may be absent.
@@ -341,6 +350,19 @@ def hugging_face(location: str, labels: bool = True) -> ImageData:
         sources[name] = TableImages(
             encoded_column(table, column, origin), column, origin, numbers[name]
         )
+    if held_out_name is None and streamed:
+        whole = sources["train"]
+        first = streamed_rows(len(whole), origin)
+        rows = np.arange(len(whole))
+        return ImageData(
+            SelectedImages(whole, rows[first:]),
+            SelectedImages(whole, rows[:first]),
+            tuple(classes),
+            f"{origin}: {len(whole) - first:,} to train on, {first:,} held out (the "
+            "first rows)",
+            tuple(left_out),
+            tuple(columns),
+        )
     if held_out_name is None:
         # by no label: what is trained on must not depend on that column
         return split_source(
@@ -360,6 +382,17 @@ def hugging_face(location: str, labels: bool = True) -> ImageData:
     return ImageData(
         train, held_out, tuple(classes), description, tuple(left_out), tuple(columns)
     )
+
+
+def streamed_rows(count: int, origin: str) -> int:
+    """How many rows, the first, are held out of a stream of ``count``; ``ValueError``
+    if there are too few.
+    """
+    if count < 10:
+        raise ValueError(
+            f"{origin}: a held-out part needs at least ten rows, got {count}"
+        )
+    return min(KEPT_ROWS, count // 10)
 
 
 def image_column(features: Any, origin: str) -> str:
@@ -473,7 +506,9 @@ def class_numbers(
     return labels, classes, "labels in {column!r}"
 
 
-def open_data(spec: str, root: str | Path = "data", labels: bool = True) -> ImageData:
+def open_data(
+    spec: str, root: str | Path = "data", labels: bool = True, streamed: bool = False
+) -> ImageData:
     """Open ``digits``, ``folder:PATH``, ``shards:PATH``, ``torchvision:NAME`` or
     ``hf:NAME-OR-PARQUET-PATH``.
 
@@ -482,6 +517,8 @@ def open_data(spec: str, root: str | Path = "data", labels: bool = True) -> Imag
     spec : one of the five forms.
     root : where torchvision datasets lie or are downloaded to.
     labels : whether the column of labels of a table is read; pretraining does not.
+    streamed : hold out of a table without a held-out part the first rows, as training
+        that streams it does.
 
     Returns
     -------
@@ -505,7 +542,7 @@ def open_data(spec: str, root: str | Path = "data", labels: bool = True) -> Imag
         return (
             torchvision_data(location, root)
             if kind == "torchvision"
-            else hugging_face(location, labels)
+            else hugging_face(location, labels, streamed)
         )
     raise ValueError(
         f"data={spec!r}: accepted are digits, folder:PATH, shards:PATH, "

@@ -6,11 +6,11 @@ Book: :ref:`ch-first-training`.
 
 from crate_core.data.batches import MAX_UNREADABLE, SUBSTITUTES
 from crate_core.data.folders import RESOURCE_FILES, RESOURCES
-from crate_core.data.named import IMAGE_COLUMNS, TORCHVISION_PARTS
+from crate_core.data.named import IMAGE_COLUMNS, KEPT_ROWS, TORCHVISION_PARTS
 from crate_core.data.parts import WORDS
 from crate_core.data.pictures import DARK, SIXTEEN_BITS, image_extensions
 from crate_core.data.sources import HELD_OUT, SPLIT_SEED
-from crate_core.data.streamed import BUFFER, KEPT_ROWS
+from crate_core.data.streamed import BUFFER
 
 USUAL = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".gif", ".tif", ".bmp", ".jp2")
 """Endings that the table names, where Pillow decodes them here."""
@@ -65,7 +65,8 @@ def rules() -> dict[str, str]:
         "torchvision": f"the parts of {listed(sorted(TORCHVISION_PARTS))} themselves",
         "streams": (
             f"shuffled over a buffer of {BUFFER:,} rows; without a held-out part the "
-            f"first rows are held out, a tenth, at most {KEPT_ROWS:,}"
+            f"first rows are held out, a tenth, at most {KEPT_ROWS:,}, in evaluation of "
+            "such a run too"
         ),
         "which way up": "as EXIF says; damaged EXIF turns nothing",
         "animations": "the first frame",

@@ -35,11 +35,13 @@ from torch.utils.data import Sampler
 
 from crate_core.data.batches import Batch, TrainingPictures, micro_batches
 from crate_core.data.named import (
+    KEPT_ROWS,
     cell_file,
     damaged_shard,
     encoded_column,
     image_column,
     open_tables,
+    streamed_rows,
     table_features,
 )
 from crate_core.data.parts import visible_parquet
@@ -49,11 +51,6 @@ from crate_core.keys import Stream, random_key
 
 BUFFER = 10_000
 """Rows of the shuffle buffer."""
-
-KEPT_ROWS = 2048
-"""Rows that are kept in memory to be held out, and of the training part for the
-yardsticks.
-"""
 
 
 @dataclass(frozen=True)
@@ -264,11 +261,7 @@ def stream_data(location: str, keep: bool = True) -> ImageData:
         encoded_column(part, column, origin)
         for part in (table, table if other_name is None else tables[other_name])
     )
-    rows = min(KEPT_ROWS, count // 10) if other_name is None else KEPT_ROWS
-    if rows < 1:
-        raise ValueError(
-            f"{origin}: a held-out part needs at least ten rows, got {count}"
-        )
+    rows = KEPT_ROWS if other_name is not None else streamed_rows(count, origin)
     held_out = kept(other, rows)
     if other_name is None:
         table, count = table.skip(rows), count - rows

@@ -33,6 +33,7 @@ from crate_core.evaluation.probe import (
 from crate_core.model.autoencoder import MaskedAutoencoder
 from crate_core.model.build import load_model, pick_device
 from crate_core.records import RUN_FILE, device_name, provenance, write_json
+from crate_core.training.pretrain import data_identity
 from crate_core.training.yardsticks import mean_picture, reconstruction_by_ratio
 
 EVALUATION_FILE = "evaluation.json"
@@ -66,6 +67,48 @@ def run_data(checkpoint: str | Path) -> tuple[str, str]:
                 f"started, and there is no such folder there or here: give --data"
             )
     return spec, str(start / root) if (start / root).exists() else root
+
+
+def open_for(
+    checkpoint: str | Path | MaskedAutoencoder, data: str | None
+) -> tuple[str, ImageData]:
+    """The data that a checkpoint is judged on, by name and opened: ``data``, or what it
+    was trained on.
+
+    What a run that streamed its data held out is held out here.  ``notes`` say so where
+    a run trained on other pictures than the data now gives to train on: what is held
+    out now may have been among them.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        If the data are not there or cannot be used, or are neither given nor recorded.
+
+    Book: :ref:`ch-evaluation`.
+    """
+    if isinstance(checkpoint, MaskedAutoencoder):
+        if data is None:
+            raise ValueError("a model does not say what it was trained on: give data")
+        return data, open_data(data)
+    spec, root = (data, "data") if data is not None else run_data(checkpoint)
+    path = Path(checkpoint) / RUN_FILE
+    if not path.is_file():
+        return spec, open_data(spec, root)
+    run = json.loads(path.read_text(encoding="utf8"))
+    streamed = bool(run["config"].get("streaming"))
+    opened = open_data(spec, root, streamed=streamed and spec.startswith("hf:"))
+    recorded = run.get("identity", {})
+    now = data_identity(opened)
+    if streamed:  # rows of a stream have other names
+        now = {"training pictures": len(opened.train)}
+    if data is None and any(recorded.get(name, now[name]) != now[name] for name in now):
+        note = (
+            f"the run trained on {recorded.get('training pictures'):,} pictures, and "
+            f"these are not the {len(opened.train):,} that the data now gives to train "
+            "on: it may have seen what is held out"
+        )
+        opened = replace(opened, notes=(*opened.notes, note))
+    return spec, opened
 
 
 def evaluate(
@@ -126,13 +169,7 @@ def evaluate(
         raise ValueError(f"seeds={seeds}: at least 1 is needed")
     device = pick_device(device)
     model = load_model(checkpoint).to(device)
-    if data is not None:
-        spec, root = data, "data"
-    elif isinstance(checkpoint, MaskedAutoencoder):
-        raise ValueError("a model does not say what it was trained on: give data")
-    else:
-        spec, root = run_data(checkpoint)
-    opened = open_data(spec, root)
+    spec, opened = open_for(checkpoint, data)
     for line in understood(opened):
         report(line)
     possible = [ratio for ratio in mask_ratios if removes_some(ratio, model)]
@@ -178,6 +215,7 @@ def evaluate(
     return {
         "data": spec,
         "description": pictures.description,
+        "notes": list(pictures.notes),
         "train": len(pictures.train),
         "held_out": len(pictures.held_out),
         "labelled": None

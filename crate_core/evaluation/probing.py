@@ -14,9 +14,8 @@ import torch
 from accelerate import PartialState
 
 from crate_core.data.batches import MAX_UNREADABLE
-from crate_core.data.named import open_data
 from crate_core.data.understood import understood, with_labels
-from crate_core.evaluation.evaluate import run_data
+from crate_core.evaluation.evaluate import open_for
 from crate_core.evaluation.features import Features, Precision, cached_features
 from crate_core.evaluation.labels import class_count
 from crate_core.evaluation.linear_head import (
@@ -27,7 +26,12 @@ from crate_core.evaluation.linear_head import (
 from crate_core.evaluation.neighbours import NEIGHBOURS, neighbour_accuracy
 from crate_core.evaluation.probe import Score, probe_accuracy
 from crate_core.model.autoencoder import MaskedAutoencoder
-from crate_core.model.build import fresh_model, load_model, pick_device
+from crate_core.model.build import (
+    fresh_model,
+    load_model,
+    pick_device,
+    processes_on_cpu,
+)
 from crate_core.records import device_name, provenance
 
 Solver = Literal["auto", "sklearn", "sgd"]
@@ -100,19 +104,12 @@ def probe_checkpoint(
         raise ValueError(f"features={unknown}: accepted are {', '.join(FEATURES)}")
     if seeds < 1:
         raise ValueError(f"seeds={seeds}: at least 1 is needed")
-    if data is None and isinstance(checkpoint, MaskedAutoencoder):
-        raise ValueError("a model does not say what it was trained on: give data")
-    processes = PartialState(cpu=device == "cpu")
+    processes = PartialState(cpu=processes_on_cpu(device))
     place = (
         pick_device(device) if processes.num_processes == 1 else str(processes.device)
     )
     model = load_model(checkpoint).to(place)
-    spec, root = (
-        (data, "data")
-        if data is not None or isinstance(checkpoint, MaskedAutoencoder)
-        else run_data(checkpoint)
-    )
-    opened = open_data(str(spec), root)
+    spec, opened = open_for(checkpoint, data)
     if processes.is_main_process:
         for line in understood(opened):
             report(line)
@@ -198,6 +195,7 @@ def probe_checkpoint(
     return {
         "data": spec,
         "description": opened.description,
+        "notes": list(opened.notes),
         **counts,
         "classes": classes,
         "solver": solver,

@@ -3,6 +3,7 @@ r"""A model of either architecture: CRATE-MAE, or the ViT-MAE it is compared wit
 Book: :ref:`ch-comparison`.
 """
 
+import os
 from pathlib import Path
 from typing import Any, cast
 
@@ -105,3 +106,13 @@ def pick_device(device: str = "auto") -> str:
         there = [name for name, found in available.items() if found]
         raise ValueError(f"device={device!r} is not there; this machine has {there}")
     return device
+
+
+def processes_on_cpu(device: str = "auto") -> bool:
+    """Whether processes that a launcher started (WORLD_SIZE) meet over the CPU: asked
+    for, or several without a GPU, which accelerate would take for separate runs.
+    """
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return device == "cpu" or (
+        device == "auto" and several and not torch.cuda.is_available()
+    )

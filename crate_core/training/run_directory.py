@@ -337,7 +337,8 @@ class RunDirectory:
             ) from error
         for path in self.checkpoints.glob("step-*"):
             if path != final:
-                shutil.rmtree(path)
+                # one that is open elsewhere, where that holds it (Windows), stays
+                shutil.rmtree(path, ignore_errors=True)
         return Checkpoint(final, step, dict(progress))
 
     def keep(self, checkpoint: Path, name: str) -> None:

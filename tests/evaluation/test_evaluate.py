@@ -428,7 +428,9 @@ def checkpoint(
         json.dumps({"config": {"data": "stripes", "data_root": "data"}})
     )
     monkeypatch.setattr(
-        crate_core.evaluation.evaluate, "open_data", lambda spec, root: STRIPES
+        crate_core.evaluation.evaluate,
+        "open_data",
+        lambda spec, root, **options: STRIPES,
     )
     return tmp_path
 
@@ -657,7 +659,7 @@ def test_labels_that_do_not_fit_are_refused(
     monkeypatch.setattr(
         crate_core.evaluation.evaluate,
         "open_data",
-        lambda spec, root: replace(STRIPES, held_out=held_out),
+        lambda spec, root, **options: replace(STRIPES, held_out=held_out),
     )
     with pytest.raises(
         ValueError,
