@@ -110,6 +110,17 @@ PRESETS: Mapping[str, Preset] = {
         },
         cost="not measured yet",
     ),
+    "cifar10-vit": Preset(
+        fields={
+            **MAE,
+            "data": "torchvision:CIFAR10",
+            "model": ViTMAEConfig.preset("cifar10"),
+            "epochs": 200.0,
+            "batch_size": 512,
+            "lr": 7.5e-4,
+        },
+        cost="not measured yet",
+    ),
     "cifar10-tiny": Preset(
         fields={**CIFAR10, "model": CrateMAEConfig.preset("cifar10-tiny")},
         cost="about 13 min of one x86-64 core with bfloat16 instructions, compiled "
@@ -159,7 +170,8 @@ PRESETS: Mapping[str, Preset] = {
 """Recipes by name.
 
 ``digits``: scikit-learn's digits, no augmentation, a higher learning rate than MAE's
-for a model of this size. ``cifar10``: MAE's recipe with the batch of one small GPU.
+for a model of this size. ``cifar10``, ``cifar10-vit``: MAE's recipe with the batch of
+one small GPU.
 ``imagenet-small`` and ``imagenet-base``: the authors' recipe, ``-vit`` for the ViT-MAE
 that they compare with (47.6M and 143.8M parameters); ``-mae``: MAE's recipe and the
 layers' constants of the authors' code. ``imagenet-large``: the authors' recipe for a
