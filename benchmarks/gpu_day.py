@@ -125,31 +125,21 @@ def steps(options: argparse.Namespace) -> list[Step]:
         *("--scale", "large", "--workers", "4", "--runs", str(runs / "study")),
         *("--records", str(ROOT / "results" / "study" / "large")),
     )
-    sizes = {
-        # some million parameters, alike to a few per cent
-        "crate": () if small else ("--model.dim", "384"),
-        "vit": () if small else ("--model.dim", "288", "--model.decoder-dim", "192"),
+    # some million parameters, alike to a few per cent
+    wide = {
+        "crate": ("cifar10", "--model.dim", "384"),
+        "vit": ("cifar10-vit", "--model.dim", "288", "--model.decoder-dim", "192"),
     }
-    presets = {
-        "crate": "digits" if small else "cifar10",
-        "vit": "digits" if small else "cifar10-vit",
-    }
-    trained = {
-        name: pretraining(name, preset, *sizes[name])
-        for name, preset in presets.items()
-    }
-    listed = [
-        speed(2 if small else 256),
-        *([] if small else [Step("imagenet-base", proving, 6.0, proof)]),
-        trained["crate"],
-        probing("crate"),
-        tuning("crate"),
-        tuning("crate", "--from-scratch", suffix="-from-scratch"),
-        trained["vit"],
-        probing("vit"),
-        tuning("vit"),
-        tuning("vit", "--from-scratch", suffix="-from-scratch"),
-    ]
+    listed = [speed(2 if small else 256)]
+    if not small:
+        listed.append(Step("imagenet-base", proving, 6.0, proof))
+    for name, how in ({"crate": ("digits",)} if small else wide).items():
+        listed += [
+            pretraining(name, *how),
+            probing(name),
+            tuning(name),
+            tuning(name, "--from-scratch", suffix="-from-scratch"),
+        ]
     if not small:
         large = Step("study, large", study, 240.0, ROOT / "results" / "study" / "large")
         listed += [speed(64), speed(512), large]
