@@ -140,6 +140,12 @@ def neighbour_accuracy(
     return float((votes.argmax(axis=1) == test_labels).mean())
 
 
+def held_out_neighbours_check(data: ImageData) -> None:
+    """``ValueError`` unless both parts of the data have labels."""
+    if data.train.labels is None or data.held_out.labels is None:
+        raise ValueError("neighbours vote for labels; these pictures have none")
+
+
 def held_out_neighbours(
     model: MaskedAutoencoder, data: ImageData, most: int = 20_000
 ) -> dict[str, float]:
@@ -149,10 +155,9 @@ def held_out_neighbours(
     At most ``most`` pictures of each part are encoded, spread evenly.  ``ValueError``
     if the pictures have no labels.
     """
+    held_out_neighbours_check(data)
     parts = []
     for source in (data.train, data.held_out):
-        if source.labels is None:
-            raise ValueError("neighbours vote for labels; these pictures have none")
         chosen = np.linspace(0, len(source) - 1, min(most, len(source)))
         parts.append(encode(model, SelectedImages(source, chosen.round().astype(int))))
     train, held_out = parts

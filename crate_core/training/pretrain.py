@@ -211,6 +211,8 @@ class Trainer(Loop[PretrainConfig, MaskedAutoencoder]):
         if accelerator.is_main_process:
             # what the end needs is looked for before the work: some held-out picture
             some_pictures(self.data.held_out, config.model, PICTURES_SHOWN)
+            for name in config.evaluators:
+                evaluator_check(name)(self.data)
             pictures = some_batches(self.data.train, config.model)
             self.trivial = trivial_loss(
                 fresh_model(config.model, config.seed), pictures
@@ -388,6 +390,15 @@ def evaluator(name: str) -> Evaluator:
         return getattr(importlib.import_module(module), function)
     except (ModuleNotFoundError, AttributeError) as error:
         raise ValueError(f"evaluators: {name!r} was not found: {error}") from error
+
+
+def evaluator_check(name: str) -> Callable[[ImageData], None]:
+    """What looks, before the first step, whether data are what an evaluator needs:
+    FUNCTION_check beside it, which raises ``ValueError``, if there is one.
+    """
+    module, _, function = name.partition(":")
+    found = getattr(importlib.import_module(module), f"{function}_check", None)
+    return (lambda data: None) if found is None else found
 
 
 def draw_reconstructions(

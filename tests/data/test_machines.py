@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from tiny_runs import ENVIRONMENT, TINY, tiny, train
 
-import crate_core.evaluation.evaluate as evaluation
+import crate_core.evaluation.probe as probing
 from crate_core.cli import main
 from crate_core.data.prepare import PrepareConfig, prepare
 from crate_core.evaluation.evaluate import evaluate, open_for
@@ -175,7 +175,7 @@ def test_evaluation_asks_for_no_float64_of_a_device(
                 module._parameters[name] = torch.nn.Parameter(own, requires_grad=False)
         return model
 
-    monkeypatch.setattr(evaluation, "fresh_model", on_device)
+    monkeypatch.setattr(probing, "fresh_model", on_device)
     model = on_device(SMALL, 0)
     spec = f"folder:{tmp_path / 'd'}"
     record = evaluate(model, spec, 1, 2, [0.5])
@@ -244,6 +244,23 @@ def test_a_result_that_cannot_be_written_is_refused_before_the_work(
         assert str(output) in capsys.readouterr().err
         assert main(["data", "digits", "--output", str(output)]) == 2
         assert "classes" not in capsys.readouterr().out
+
+
+def test_evaluators_that_need_labels_say_so_before_the_first_step(
+    tmp_path: Path,
+) -> None:
+    tree(tmp_path / "d" / "all", 12)
+    config = tiny(
+        tmp_path / "r",
+        data=f"folder:{tmp_path / 'd' / 'all' / 'a'}",
+        model=SMALL,
+        batch_size=8,
+        evaluators=("crate_core.evaluation.neighbours:held_out_neighbours",),
+        evaluate_epochs=1,
+    )
+    with pytest.raises(ValueError, match="these pictures have none"):
+        train(config)
+    assert not (tmp_path / "r" / "metrics.jsonl").exists()
 
 
 # -- evaluation never sees what was trained on
