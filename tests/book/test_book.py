@@ -69,7 +69,6 @@ def claims_written(page: str) -> int:
 
 
 OLD_CLAIMS = {
-    "comparison": 9,
     "cost": 12,
     "evaluation": 10,
     "pretraining": 9,
