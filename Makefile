@@ -1,6 +1,7 @@
 # crate_core: the book and its package.
 #
 #   make book     the environment, every chapter executed, the site in _build/html
+#   make pdf      likewise: the whole book as one PDF, printed by a Chromium that is installed
 #   make lab      likewise: JupyterLab on the chapters, ready to run
 #   make test     the environment, every test: style, types, unit tests, the book, its pages
 #   make help     this list and the options
@@ -55,7 +56,7 @@ else
 READY := check-env
 endif
 
-.PHONY: help env check-env book lab test lint unit book-test clean distclean
+.PHONY: help env check-env book pdf lab test lint unit book-test clean distclean
 
 help:  ## this list
 	@sed -n 's/^#  \{0,1\}//p' Makefile | sed -n '1,/^Nothing is/p'
@@ -90,6 +91,9 @@ check-env:
 
 book: $(READY)  ## execute every chapter and build the site: _build/html/index.html
 	@$(PY) book/_ext/build.py
+
+pdf: book  ## the whole book as one PDF, _build/pdf/book.pdf, printed by an installed Chromium
+	@$(PY) book/_ext/pdf.py
 
 # Chapters open as notebooks by a click; no news are fetched (book/_jupyter/labconfig). Jupyter refuses to run as root
 # unless told.
