@@ -7,6 +7,7 @@ A browser then loads less and moves nothing while it does:
 * pictures carry their size, load when they come near, and lead to themselves in full
   size; those with few colours are stored with a palette;
 * the search index is loaded by the search page alone;
+* the list of the package's modules stands beside their pages alone;
 * each page has one viewport and a description; `index.html`, which only leads on, has a
   title; a wrong address finds a page (`404.html`, for a server that uses it).
 
@@ -151,6 +152,20 @@ def with_sized_pictures(page: str, folder: Path) -> str:
     return re.sub(r"<img\b[^>]*>", sized, page)
 
 
+MODULES = re.compile(
+    r"<details><summary>(?:(?!</summary>).)*</summary>\s*<ul>\s*"
+    r'(?:<li class="toctree-l2">(?:(?!</li>).)*</li>\s*)+</ul>\s*</details>',
+    re.DOTALL,
+)
+
+
+def without_modules(page: str) -> str:
+    """The page without the folded list of all modules beside it, which only the pages
+    of the package's reference need open.
+    """
+    return MODULES.sub("", page)
+
+
 def description(page: str) -> str:
     """The first sentences of the page's text, at most about 160 characters."""
     article = BeautifulSoup(page, "html.parser").select_one("article.bd-article")
@@ -236,7 +251,7 @@ def finish(app: Sphinx, exception: Exception | None) -> None:
         if path in (out / "index.html", out / "404.html"):
             continue
         before = path.read_text(encoding="utf8")
-        page = with_icons(before, paths)
+        page = with_icons(without_modules(before), paths)
         if path.name != "search.html":
             page = without_search_index(page)
         page = with_head(with_sized_pictures(page, path.parent))

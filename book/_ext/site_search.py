@@ -67,7 +67,7 @@ def records(
     chapter = heading(top)
 
     def record(kind: str, title: str, place: str, text: str) -> dict[str, str]:
-        kind = "reference" if reference and kind != "chapter" else kind
+        kind = "reference" if reference else kind
         address_of = f"{address}#{place}" if place else address
         return {"k": kind, "t": title, "c": chapter, "u": address_of, "x": text}
 
@@ -100,7 +100,7 @@ def write_records(app: Sphinx, exception: Exception | None) -> None:
     for docname in sorted(app.env.found_docs):
         page = out / f"{docname}.html"
         if page.is_file() and docname not in app.config.search_without:
-            reference = docname in app.config.search_reference
+            reference = docname.startswith(tuple(app.config.search_reference))
             html = page.read_text(encoding="utf8")
             found += records(html, f"{docname}.html", reference)
     script = f"window.bookRecords = {json.dumps(found, ensure_ascii=False)};\n"

@@ -14,6 +14,7 @@ from urllib.parse import unquote, urldefrag
 import nbformat
 import pytest
 import yaml
+from api_pages import listed_modules
 from bs4 import BeautifulSoup
 from depcache import code_cells, is_notebook
 
@@ -27,6 +28,10 @@ PAGES = [
     _toc["root"],
     *(chapter["file"] for part in _toc["parts"] for chapter in part["chapters"]),
 ]
+MODULES = sorted(
+    path.relative_to(HTML).with_suffix("").as_posix()
+    for path in (HTML / "book" / "api").rglob("*.html")
+)
 CONFIG = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf8"))
 NOTEBOOKS = [
     page
@@ -148,12 +153,21 @@ def test_page_works_from_disk(tab: Visit, name: str) -> None:
         picture for picture in seen["pictures"] if not (picture["alt"] or "").strip()
     ] == []
     assert [picture for picture in seen["pictures"] if not picture["loaded"]] == []
-    index = PAGES.index(name)
+    after = PAGES.index("book/api") + 1
+    order = [*PAGES[:after], *MODULES, *PAGES[after:]]
+    index = order.index(name)
     for link, neighbour in (("previous", index - 1), ("next", index + 1)):
-        if 0 <= neighbour < len(PAGES):
+        if 0 <= neighbour < len(order):
             assert seen[link] is not None, f"no link to the {link} page"
             target = (HTML / name).parent / seen[link]
-            assert target.resolve() == (HTML / f"{PAGES[neighbour]}.html").resolve()
+            assert target.resolve() == (HTML / f"{order[neighbour]}.html").resolve()
+
+
+def test_every_module_has_a_page_that_works(tab: Visit) -> None:
+    listing = (ROOT / "book" / "api.md").read_text(encoding="utf8")
+    assert len(MODULES) == len(listed_modules(listing))
+    for name in MODULES:
+        test_page_works_from_disk(tab, name)
 
 
 def test_index_leads_to_the_first_page(tab: Visit) -> None:
