@@ -72,7 +72,6 @@ OLD_CLAIMS = {
     "cost": 12,
     "evaluation": 10,
     "pretraining": 9,
-    "ten_questions": 5,
 }
 """How many claims of a chapter still refuse nothing: delete its line when it is
 rewritten.
