@@ -228,6 +228,21 @@ def test_scalar_law_against_fifty_digits(
     assert math.isclose(got, exact, rel_tol=2e-13)
 
 
+@given(st.floats(-3, 1.5), st.floats(0.1, 10), st.floats(0, 30))
+def test_scalar_law_stays_between_its_rates(
+    log_size: float, beta: float, units: float
+) -> None:
+    """prop-sode-rates: s0^2 - 2 t <= s^2, and s0 e^(-beta t) <= s <= that times
+    e^(beta s0^2 / 2).
+    """
+    start, time = 10**log_size, units / beta
+    first = torch.tensor(start, dtype=torch.float64)
+    end = float(flow_singular_values(first, beta, time))
+    assert start**2 - 2 * time <= end**2 * (1 + 1e-12) + 1e-12 * start**2
+    share = math.log(end / start)
+    assert -units - 1e-9 <= share <= -units + beta * start**2 / 2 + 1e-9
+
+
 def test_scalar_law_at_extreme_sizes() -> None:
     s = torch.tensor([0.0, 1e-250, 1e-200, 1e-5, 1.0, 1e8, 1e200], dtype=torch.float64)
     for time in (-50.0, 0.0, 50.0):
