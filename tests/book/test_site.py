@@ -28,10 +28,6 @@ PAGES = [
     _toc["root"],
     *(chapter["file"] for part in _toc["parts"] for chapter in part["chapters"]),
 ]
-MODULES = sorted(
-    path.relative_to(HTML).with_suffix("").as_posix()
-    for path in (HTML / "book" / "api").rglob("*.html")
-)
 CONFIG = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf8"))
 NOTEBOOKS = [
     page
@@ -48,6 +44,14 @@ def site() -> Path:
     if not (HTML / "index.html").is_file():
         pytest.skip("the site is not built: make book")
     return HTML
+
+
+def modules() -> list[str]:
+    """The pages of the package's modules, in order; the build writes them."""
+    return sorted(
+        path.relative_to(HTML).with_suffix("").as_posix()
+        for path in (HTML / "book" / "api").rglob("*.html")
+    )
 
 
 @dataclass
@@ -154,7 +158,7 @@ def test_page_works_from_disk(tab: Visit, name: str) -> None:
     ] == []
     assert [picture for picture in seen["pictures"] if not picture["loaded"]] == []
     after = PAGES.index("book/api") + 1
-    order = [*PAGES[:after], *MODULES, *PAGES[after:]]
+    order = [*PAGES[:after], *modules(), *PAGES[after:]]
     index = order.index(name)
     for link, neighbour in (("previous", index - 1), ("next", index + 1)):
         if 0 <= neighbour < len(order):
@@ -165,8 +169,8 @@ def test_page_works_from_disk(tab: Visit, name: str) -> None:
 
 def test_every_module_has_a_page_that_works(tab: Visit) -> None:
     listing = (ROOT / "book" / "api.md").read_text(encoding="utf8")
-    assert len(MODULES) == len(listed_modules(listing))
-    for name in MODULES:
+    assert len(modules()) == len(listed_modules(listing))
+    for name in modules():
         test_page_works_from_disk(tab, name)
 
 
