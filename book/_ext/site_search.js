@@ -5,6 +5,7 @@
 
   var FIELDS = { t: 5, c: 2, x: 1 }; // title, its chapter's title, text: weights
   var KINDS = { chapter: 2.2, section: 1.25, theorem: 1.1, claim: 0.9, reference: 0.35 };
+  var OVERVIEW = 0.45; // a page that tells what a chapter derives comes after the chapter
   var K1 = 1.2, B = 0.6;
 
   // Lower case, powers kept (R^c), a plural s and a last y dropped (sparsify meets
@@ -78,7 +79,7 @@
       // a title that says what was asked, and little else
       var title = words(one.record.t);
       if (title.join(" ").includes(phrase)) score *= 1 + 1.5 * asked.length / title.length;
-      return { record: one.record, score: score * KINDS[one.record.k] };
+      return { record: one.record, score: score * KINDS[one.record.k] * (one.record.o ? OVERVIEW : 1) };
     }).filter(function (hit) { return hit.score > 0; })
       .sort(function (a, b) { return b.score - a.score; });
   }

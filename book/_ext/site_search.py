@@ -53,10 +53,10 @@ def heading(section: Tag) -> str:
 
 
 def records(
-    html: str, address: str, reference: bool = False
+    html: str, address: str, reference: bool = False, overview: bool = False
 ) -> Iterator[dict[str, str]]:
     """The records of a page: title `t`, chapter `c`, kind `k`, address
-    `u`, text `x`.
+    `u`, text `x`, and `o` where the page tells what another chapter derives.
     """
     article = BeautifulSoup(html, "html.parser").select_one("article.bd-article")
     if article is None or (top := article.select_one("section")) is None:
@@ -69,7 +69,8 @@ def records(
     def record(kind: str, title: str, place: str, text: str) -> dict[str, str]:
         kind = "reference" if reference else kind
         address_of = f"{address}#{place}" if place else address
-        return {"k": kind, "t": title, "c": chapter, "u": address_of, "x": text}
+        found = {"k": kind, "t": title, "c": chapter, "u": address_of, "x": text}
+        return found | ({"o": "overview"} if overview else {})
 
     yield record("chapter", chapter, "", own_text(top))
     for section in top.select("section[id]"):
@@ -102,7 +103,8 @@ def write_records(app: Sphinx, exception: Exception | None) -> None:
         if page.is_file() and docname not in app.config.search_without:
             reference = docname.startswith(tuple(app.config.search_reference))
             html = page.read_text(encoding="utf8")
-            found += records(html, f"{docname}.html", reference)
+            overview = docname in app.config.search_overview
+            found += records(html, f"{docname}.html", reference, overview)
     script = f"window.bookRecords = {json.dumps(found, ensure_ascii=False)};\n"
     (out / "_static" / "records.js").write_text(script, encoding="utf8")
     own = Path(__file__).with_name("site_search.js").read_text(encoding="utf8")
@@ -121,6 +123,7 @@ def setup(app: Sphinx) -> dict[str, object]:
     """Register the extension."""
     app.add_config_value("search_without", [], "")
     app.add_config_value("search_reference", [], "")
+    app.add_config_value("search_overview", [], "")
     # before finish.py, which leaves the search page's scripts alone
     app.connect("build-finished", write_records, priority=850)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
