@@ -48,6 +48,7 @@ def small_imagenet(folder: str | Path) -> Path:
         rows = csv.writer(file)
         rows.writerow(("ImageId", "PredictionString"))
         for part, source in (("train", data.train), ("val", data.held_out)):
+            assert source.labels is not None  # digits have them
             for i in range(len(source)):
                 picture = source.read(i)
                 pixels = (255 * np.asarray(picture).squeeze()).round().astype(np.uint8)
