@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -71,6 +71,7 @@ def picture_key(seed: int, epoch: int, index: int) -> int:
     return mixed(epoch_key(seed, epoch) ^ mixed(index))
 
 
+@runtime_checkable
 class Order(Protocol):
     """Where position q of the endless stream points: (epoch, picture)."""
 

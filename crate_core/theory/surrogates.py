@@ -33,7 +33,7 @@ def _second_moments(x: TokenMatrix) -> Tensor:
 
 def gaussian_surrogate(
     x: TokenMatrix, n: int, generator: torch.Generator | None = None
-) -> TokenMatrix:
+) -> Tensor:
     r"""Gaussian vectors :math:`\mathcal{N}(0, \hat\Sigma)` with :math:`\hat\Sigma =
     \frac1n\sum_i x_i x_i^\top`: the second moments of x and nothing else, (n, d).
 
@@ -49,7 +49,7 @@ def gaussian_surrogate(
 
 def elliptical_surrogate(
     x: TokenMatrix, n: int, generator: torch.Generator | None = None
-) -> TokenMatrix:
+) -> Tensor:
     r"""Contrast without subspaces: :math:`h_i\, y_i` with :math:`y_i \sim
     \mathcal{N}(0, \hat\Sigma)` and contrasts :math:`h_i` drawn from those of x,
     :math:`h = \|\hat\Sigma^{-1/2} x\| / \sqrt d`, (n, d).
@@ -69,7 +69,7 @@ def elliptical_surrogate(
 
 def direction_surrogate(
     x: TokenMatrix, n: int, generator: torch.Generator | None = None
-) -> TokenMatrix:
+) -> Tensor:
     r"""Unit vectors :math:`y / \|y\|`, :math:`y \sim \mathcal{N}(0, \Sigma)`, whose
     second moments are those of the unit vectors x, (n, d).
 

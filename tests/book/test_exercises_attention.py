@@ -112,7 +112,7 @@ def test_subtracting_the_mean_mends_nonnegative_codes(seed):
     bases, noisy, clean = with_nonnegative_codes(seed)
     v = head_coordinates(noisy, bases)
     left = {"plain": [], "mended": []}
-    for scale in (8, 16, 32):
+    for scale in (8.0, 16.0, 32.0):
         out = attend(v, scale)
         for name, heads in (("plain", out), ("mended", out - v.mean(-2, keepdim=True))):
             removed = noisy - (heads @ bases.mT).sum(-3)
