@@ -111,7 +111,7 @@ lint: $(READY)  ## style, types, who imports whom
 unit: $(READY)  ## the package's tests, twice: plain, and with the shapes in signatures checked
 	$(PY) -m pytest -n $(WORKERS) -m "not book and not site" $(PYTEST_ARGS)
 	$(PY) -m pytest -n $(WORKERS) -m "not book and not site and not repository and not bad_input and not processes" \
-	  --jaxtyping-packages=crate_core,beartype.beartype $(PYTEST_ARGS) $(if $(PYTEST_ARGS),|| [ $$? -eq 5 ])
+	  --jaxtyping-packages=crate_core,shape_checker.check $(PYTEST_ARGS) $(if $(PYTEST_ARGS),|| [ $$? -eq 5 ])
 
 book-test: $(READY)  ## build the book with warnings as errors, then look at every page in headless Chromium
 	$(PY) -m pytest -m "book or site"

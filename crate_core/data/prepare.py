@@ -480,7 +480,9 @@ def finish(
         # a shard without a readable picture is none
         kept = [k for k, record in enumerate(done) if record["count"]]
         if config.format != "folders":
-            write_index(root, part, [done[k]["rows"] for k in kept])
+            # in a record that was read from the disk they are lists
+            rows = [[(a, b, c) for a, b, c in done[k]["rows"]] for k in kept]
+            write_index(root, part, rows)
         parts[part] = {
             "count": sum(record["count"] for record in done),
             "bytes": sum(record["bytes"] for record in done),

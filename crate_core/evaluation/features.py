@@ -100,7 +100,6 @@ def encode(
     )
 
 
-@torch.no_grad()
 def encoded_batches(
     model: MaskedAutoencoder,
     source: ImageSource,
@@ -116,10 +115,11 @@ def encoded_batches(
     for batch in readable_batches(
         source, config.image_shape, config.channels, unreadable, batch_size, workers
     ):
-        images = batch.images
-        with evaluation_mode(model):
-            z = model.forward_features(model.standardize(images.to(device))).float()
-        small = small_pixels(images)
+        # no gradients here alone: what a generator sets holds for its reader, too
+        with torch.no_grad(), evaluation_mode(model):
+            images = batch.images.to(device)
+            z = model.forward_features(model.standardize(images)).float()
+        small = small_pixels(batch.images)
         yield batch.indices.numpy(), z[:, 0].cpu(), z[:, 1:].mean(dim=1).cpu(), small
 
 

@@ -91,6 +91,7 @@ class ClassifierConfig:
                 f"configuration fields {sorted(own)}: a classifier's are "
                 f"{sorted(known)}, of which model and classes are needed"
             )
+        own["class_names"] = tuple(own.get("class_names", ()))  # lists in JSON
         return cls(**{**own, "model": config_from_dict(own["model"])})
 
 

@@ -92,13 +92,13 @@ def mean_picture(images: Images | Iterable[Images]) -> Tensor:
     return (total / count).to(torch.float32)
 
 
-def in_batches(images: Images | Iterable[Images], batch_size: int) -> Iterable[Images]:
+def in_batches(images: Images | Iterable[Tensor], batch_size: int) -> Iterable[Tensor]:
     """Pictures in one tensor as batches; batches as they are."""
     return images.split(batch_size) if isinstance(images, Tensor) else images
 
 
 def masked_batches(
-    images: Images | Iterable[Images], batch_size: int, length: int, seed: int
+    images: Images | Iterable[Tensor], batch_size: int, length: int, seed: int
 ) -> Iterator[tuple[Images, PatchNoise]]:
     """Batches with the noise (b, L) that fixes their masks: rows of one draw from
     ``seed``, whatever the batches.

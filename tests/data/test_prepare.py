@@ -367,6 +367,7 @@ def test_a_killed_copy_goes_on(tmp_path: Path, folders: Path) -> None:
     assert all(cut[name] == whole[name] for name in whole)
 
 
+@pytest.mark.bad_input
 def test_what_cannot_be_prepared(tmp_path: Path, folders: Path) -> None:
     with pytest.raises(ValueError, match=r"1 of 21 .*train .*more than 1\.0%"):
         made(folders, tmp_path / "a", max_unreadable=0.01)

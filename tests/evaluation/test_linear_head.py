@@ -131,6 +131,7 @@ def test_the_head_normalises_without_learning_a_scale() -> None:
     torch.testing.assert_close(normed.mean(0), torch.zeros(4), atol=1e-5, rtol=0)
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -189,8 +190,12 @@ def test_a_checkpoint_is_probed_beside_its_controls(tmp_path: Path) -> None:
     assert any("base_lr" in line for line in said)
     with pytest.raises(ValueError, match="give data"):
         probe_checkpoint(model, device="cpu")
+
+
+@pytest.mark.bad_input
+def test_an_unknown_solver_is_named() -> None:
     with pytest.raises(ValueError, match="solver='newton'"):
-        probe_checkpoint(model, "digits", solver="newton")  # type: ignore[arg-type]
+        probe_checkpoint("cifar10-tiny", "digits", solver="newton")  # type: ignore[arg-type]
 
 
 def test_the_command_probes_and_uses_its_features_again(
