@@ -70,7 +70,7 @@ Rates = tuple[float, ...]
 class Study:
     """How much of everything; a scale is one of these."""
 
-    pictures: int = 20_000
+    pictures: int = 10_000
     """Training pictures, of 50,000: what twenty epochs can pay for."""
     validation: int = 5_000
     """Pictures that learning rates are chosen on; shares none with the others."""
@@ -80,7 +80,7 @@ class Study:
     """Pictures of each part that the reconstruction loss is measured on."""
     epochs: float = 20.0
     warmup_epochs: float = 1.0
-    batch_size: int = 128
+    batch_size: int = 64
     marks: tuple[float, ...] = (1.0, 3.0, 10.0)
     """Epochs after which a run of stage 2 or 3 is evaluated, besides 0 and the end."""
     rates: Rates = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
