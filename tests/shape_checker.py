@@ -1,5 +1,5 @@
-"""What checks the types in signatures in the second run of the unit tests (Makefile): as
-beartype does, where a whole number is also a float, as type checkers read it.
+"""What checks the types in signatures in the second run of the unit tests (Makefile):
+as beartype does, where a whole number is also a float, as type checkers read it.
 """
 
 from beartype import BeartypeConf, beartype

@@ -30,16 +30,26 @@ from pybtex.database import Entry
 from pybtex.plugin import find_plugin
 from sphinx.application import Sphinx
 
+PROOFS = (
+    "theorem lemma proposition proof definition corollary remark example algorithm "
+    "assumption conjecture observation property axiom criterion"
+)
+ADMONITIONS = "note tip hint important warning caution attention"
 TITLES = {
-    "prf:theorem": "Theorem", "prf:lemma": "Lemma", "prf:proposition": "Proposition", "prf:proof": "Proof",
-    "prf:definition": "Definition", "prf:corollary": "Corollary", "prf:remark": "Remark", "prf:example": "Example",
-    "prf:algorithm": "Algorithm", "prf:assumption": "Assumption", "prf:conjecture": "Conjecture",
-    "prf:observation": "Observation", "prf:property": "Property", "prf:axiom": "Axiom", "prf:criterion": "Criterion",
-    "exercise": "Exercise", "exercise-start": "Exercise", "solution": "Solution", "solution-start": "Solution",
-    "note": "Note", "tip": "Tip", "hint": "Hint", "important": "Important", "warning": "Warning",
-    "caution": "Caution", "attention": "Attention", "seealso": "See also", "dropdown": "", "admonition": "",
-    "table": "Table", "list-table": "Table", "figure": "Figure", "tested-claim": "Claim",
-}  # fmt: skip
+    **{f"prf:{name}": name.capitalize() for name in PROOFS.split()},
+    **{name: name.capitalize() for name in ADMONITIONS.split()},
+    "exercise": "Exercise",
+    "exercise-start": "Exercise",
+    "solution": "Solution",
+    "solution-start": "Solution",
+    "seealso": "See also",
+    "dropdown": "",
+    "admonition": "",
+    "table": "Table",
+    "list-table": "Table",
+    "figure": "Figure",
+    "tested-claim": "Claim",
+}
 CODE = {"code", "code-block", "literalinclude", "mermaid"}
 OPEN = re.compile(r"^(\s*)(`{3,}|:{3,}|~{3,})\{([\w:.-]+)\}\s*(.*)$")
 FENCE = re.compile(r"^\s*(`{3,}|:{3,}|~{3,})\s*(.*)$")
@@ -142,7 +152,7 @@ class Links:
 
 
 def notebook_name(docname: str) -> str:
-    """The file of a page's notebook, seen from another page's: all are in one folder."""
+    """The file of a page's notebook, as other pages name it: all lie in one folder."""
     return f"{docname.rsplit('/', 1)[-1]}.ipynb"
 
 

@@ -377,7 +377,8 @@ def some_batches(
             yield batch.images
     if not found:
         raise ValueError(
-            f"none of {len(chosen)} pictures can be read, the first: {source.name(int(chosen[0]))}"
+            f"none of {len(chosen)} pictures can be read, the first: "
+            f"{source.name(int(chosen[0]))}"
         )
 
 
@@ -398,7 +399,8 @@ class UnreadableCount:
         Raises
         ------
         ValueError
-            If more than ``limit`` of all pictures proved unreadable, or no substitute was found for one.
+            If more than ``limit`` of all pictures proved unreadable, or no substitute
+            was found for one.
         """
         for index, message in batch.unreadable:
             if index not in self.met:

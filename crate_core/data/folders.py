@@ -312,8 +312,8 @@ def folder(path: str | Path) -> ImageData:
 
 
 def differing_classes(classes: Mapping[str, Sequence[str]]) -> list[str]:
-    """What the class folders of two parts, by the part's name, say that is not the same,
-    in words: nothing where both have the same, or none.
+    """What the class folders of two parts, by the part's name, say that is not the
+    same, in words: nothing where both have the same, or none.
     """
     (one, other), said = classes.items(), []
     for (part, names), (beside, others) in ((one, other), (other, one)):

@@ -121,7 +121,8 @@ def torchvision_data(name: str, root: str | Path) -> ImageData:
 
     if name not in TORCHVISION_PARTS:
         raise ValueError(
-            f"torchvision:{name} is not known; accepted are {', '.join(sorted(TORCHVISION_PARTS))}"
+            f"torchvision:{name} is not known; accepted are "
+            f"{', '.join(sorted(TORCHVISION_PARTS))}"
         )
     maker = getattr(torchvision.datasets, name)
     parts = []
@@ -130,7 +131,8 @@ def torchvision_data(name: str, root: str | Path) -> ImageData:
             pairs = maker(root=str(root), download=True, **arguments)
         except (OSError, RuntimeError) as error:
             raise FileNotFoundError(
-                f"torchvision:{name} is not under {root} and was not downloaded: {error}"
+                f"torchvision:{name} is not under {root} and was not "
+                f"downloaded: {error}"
             ) from error
         found = next(
             (
@@ -148,7 +150,10 @@ def torchvision_data(name: str, root: str | Path) -> ImageData:
             )
         )
     train, held_out = parts
-    description = f"torchvision:{name}: {len(train):,} to train on, {len(held_out):,} held out (its own parts)"
+    description = (
+        f"torchvision:{name}: {len(train):,} to train on, {len(held_out):,} held "
+        "out (its own parts)"
+    )
     return ImageData(
         train,
         held_out,
@@ -396,8 +401,8 @@ def streamed_rows(count: int, origin: str) -> int:
 
 
 def image_column(features: Any, origin: str) -> str:
-    """The column of images: ``image`` or ``img`` in any case, else the only one of image
-    type, a struct of ``bytes`` and ``path``, or bytes under one of these names.
+    """The column of images: ``image`` or ``img`` in any case, else the only one of
+    image type, a struct of ``bytes`` and ``path``, or bytes under one of these names.
 
     Raises ``ValueError`` if there is none, or several and none has such a name.
     """
@@ -456,7 +461,7 @@ def encoded_column(table: Any, column: str, origin: str) -> Any:
 
 
 def label_column(features: Any) -> str | None:
-    """The column of labels: ``label`` in any case, else the only one of class labels."""
+    """The column of labels: ``label`` in any case, else the only ``ClassLabel``."""
     import datasets
 
     named = [name for name in features if name.lower() == "label"]

@@ -31,8 +31,8 @@ from torch import Tensor
 
 Augmentation = Literal["none", "crop_flip", "crop_blur_solarize"]
 """What happens to training pictures: nothing but bringing them to the model's size; a
-random resized crop and a horizontal flip; or a crop of a fixed size, a flip, and now and
-then blur and solarisation.
+random resized crop and a horizontal flip; or a crop of a fixed size, a flip, and now
+and then blur and solarisation.
 """
 
 Picture = Image.Image | Tensor

@@ -157,8 +157,8 @@ def small_size(picture: Image.Image, side: int) -> tuple[int, int]:
 
 
 def small_jpeg(picture: Image.Image, data: bytes, side: int, quality: int) -> bytes:
-    """A picture in grey or RGB with its shorter side at most ``side``, as JPEG; ``data``
-    is the file that it was decoded from.
+    """A picture in grey or RGB with its shorter side at most ``side``, as JPEG;
+    ``data`` is the file that it was decoded from.
     """
     size = small_size(picture, side)
     if size == picture.size and plain_jpeg(data):

@@ -1,5 +1,5 @@
-r"""The rules by which pictures, folders and tables are understood, as one table; what is
-a number or a list in it is read from the code that applies it.
+r"""The rules by which pictures, folders and tables are understood, as one table; what
+is a number or a list in it is read from the code that applies it.
 
 Book: :ref:`ch-first-training`.
 """
@@ -32,9 +32,9 @@ def rules() -> dict[str, str]:
     return {
         "files": (
             f"of a folder all with one of {len(image_extensions())} endings, in any "
-            f"case: those of formats that the installed Pillow decodes, {listed(usual)} "
-            "among them. Others are counted by ending. What a file holds is told by its "
-            "content. "
+            "case: those of formats that the installed Pillow decodes, "
+            f"{listed(usual)} among them. Others are counted by ending. What a file "
+            "holds is told by its content. "
             f"Hidden files and what systems leave behind ({left_behind}) never count"
         ),
         "links": "followed; each real file counts once",
@@ -49,8 +49,8 @@ def rules() -> dict[str, str]:
             "whatever their labels"
         ),
         "classes of a folder": (
-            "the folders directly in a part; a part without such folders has no labels. "
-            "Pretraining needs none"
+            "the folders directly in a part; a part without such folders has "
+            "no labels. Pretraining needs none"
         ),
         "classes of a table": (
             "the column `label` in any case, else the only one of class labels; any "
@@ -65,8 +65,8 @@ def rules() -> dict[str, str]:
         "torchvision": f"the parts of {listed(sorted(TORCHVISION_PARTS))} themselves",
         "streams": (
             f"shuffled over a buffer of {BUFFER:,} rows; without a held-out part the "
-            f"first rows are held out, a tenth, at most {KEPT_ROWS:,}, in evaluation of "
-            "such a run too"
+            f"first rows are held out, a tenth, at most {KEPT_ROWS:,}, in "
+            "evaluation of such a run too"
         ),
         "which way up": "as EXIF says; damaged EXIF turns nothing",
         "animations": "the first frame",

@@ -10,10 +10,10 @@ rows, and in each epoch
   stretches of (nearly) equal length, one a lane;
 * a lane shuffles the pictures of ``WINDOW`` shards at a time.
 
-L is the largest divisor of B up to ``LANES`` and the number of shards.  Order depends on
-(seed, epoch, B) alone; a process that works on the rows of its lanes opens their shards
-and, but for those cut at the ends of a stretch, no others.  Every lane has its own
-epochs, which end within a step of each other.
+L is the largest divisor of B up to ``LANES`` and the number of shards.  Order depends
+on (seed, epoch, B) alone; a process that works on the rows of its lanes opens their
+shards and, but for those cut at the ends of a stretch, no others.  Every lane has its
+own epochs, which end within a step of each other.
 
 Book: :ref:`ch-pretraining`.
 """
@@ -136,7 +136,7 @@ class ShardedImages(ImageSource):
 
 
 def lanes_of(shards: int, batch_size: int) -> int:
-    """The largest divisor of the batch size up to ``LANES`` and the number of shards."""
+    """The largest divisor of the batch size up to ``LANES`` and ``shards``."""
     most = min(LANES, shards, batch_size)
     return next(n for n in range(most, 0, -1) if batch_size % n == 0)
 

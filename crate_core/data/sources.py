@@ -39,7 +39,9 @@ HELD_OUT = 0.1
 
 
 class ImageSource(ABC):
-    """Numbered pictures, with integer ``labels`` (n,) or ``None`` when there are none."""
+    """Numbered pictures, with integer ``labels`` (n,) or, when there are none,
+    ``None``.
+    """
 
     labels: np.ndarray | None = None
     doubted = False
@@ -71,8 +73,8 @@ class ImageSource(ABC):
         """
         try:
             picture = self.decode(index)
-        # Decoders and converters of many formats raise whatever they like (struct.error,
-        # RuntimeError, NotImplementedError, ...): that picture is unreadable.
+        # Decoders and converters of many formats raise whatever they like
+        # (struct.error, RuntimeError, NotImplementedError): that picture is unreadable.
         except Exception as error:
             raise UnreadableImageError(
                 self.name(index), str(error) or type(error).__name__
@@ -229,7 +231,8 @@ def split_source(
         SelectedImages(source, train),
         SelectedImages(source, held_out),
         tuple(classes),
-        f"{what}: {len(train):,} to train on, {len(held_out):,} held out ({how}, split seed {SPLIT_SEED})",
+        f"{what}: {len(train):,} to train on, {len(held_out):,} held out "
+        f"({how}, split seed {SPLIT_SEED})",
         tuple(left_out),
         tuple(columns),
     )

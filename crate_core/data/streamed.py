@@ -5,7 +5,8 @@ A stream has no random access, so an epoch is the data's own order through a shu
 buffer of ``BUFFER`` rows:
 
 .. math:: q = tB + b, \qquad \text{epoch} = \lfloor q / n \rfloor, \qquad
-          \text{row} = \mathrm{shuffled}_{(\text{seed},\,\text{epoch})}\big(q \bmod n\big),
+          \text{row} =
+          \mathrm{shuffled}_{(\text{seed},\,\text{epoch})}\big(q \bmod n\big),
 
 files in random order, rows mixed over a buffer's length.  What that means:
 
@@ -266,6 +267,9 @@ def stream_data(location: str, keep: bool = True) -> ImageData:
     if other_name is None:
         table, count = table.skip(rows), count - rows
     train = StreamedImages(table, column, count, kept(table, KEPT_ROWS))
-    description = f"{origin}: {count:,} to train on (streamed), {len(held_out):,} held out ({other_name or 'the first rows'})"
+    description = (
+        f"{origin}: {count:,} to train on (streamed), {len(held_out):,} held out "
+        f"({other_name or 'the first rows'})"
+    )
     columns = (f"images in {column!r}", "labels are not read")
     return ImageData(train, held_out, (), description, tuple(left_out), columns)

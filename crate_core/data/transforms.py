@@ -97,7 +97,8 @@ def in_mode(picture: Picture, channels: int) -> Picture:
         return picture
     if channels not in (1, 3):
         raise ValueError(
-            f"image files are read as grey (1 channel) or colour (3), the model has {channels}"
+            "image files are read as grey (1 channel) or colour (3), the model "
+            f"has {channels}"
         )
     mode = "L" if channels == 1 else "RGB"
     return picture if picture.mode == mode else picture.convert(mode)

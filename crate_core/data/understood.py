@@ -156,8 +156,8 @@ def chosen_pictures(
     unreadable: UnreadableCount,
     report: Callable[[str], None],
 ) -> list[tuple[int, Tensor]]:
-    """Up to ``count`` readable pictures spread evenly over a source, with their numbers,
-    as the model sees them; for one that cannot be read the next one is taken.
+    """Up to ``count`` readable pictures spread evenly over a source, with their
+    numbers, as the model sees them; for one that cannot be read the next one is taken.
 
     ``unreadable`` counts those, and ``report`` gets a line with the name of each.
 

@@ -192,12 +192,14 @@ class FinetuneResult:
         ]
         if self.unreadable:
             lines.append(
-                f"unreadable pictures {self.unreadable}, named above, replaced by others"
+                f"unreadable pictures {self.unreadable}, named above, replaced "
+                "by others"
             )
         if self.held_out_unreadable:
             names = ", ".join(self.held_out_unreadable[:3])
             lines.append(
-                f"unreadable held-out {len(self.held_out_unreadable)}, left out ({names})"
+                f"unreadable held-out {len(self.held_out_unreadable)}, left "
+                f"out ({names})"
             )
         return [
             *lines,
@@ -468,9 +470,9 @@ class FinetuneTrainer(Loop[FinetuneConfig, Classifier]):
             met |= others
         if not seen or len(met) > config.max_unreadable * len(source):
             raise ValueError(
-                f"{len(met)} of {len(source)} held-out pictures cannot be read; the run "
-                f"stops above {config.max_unreadable:.1%} (max_unreadable). The first: "
-                f"{met[min(met)]}"
+                f"{len(met)} of {len(source)} held-out pictures cannot be read; the "
+                f"run stops above {config.max_unreadable:.1%} (max_unreadable). The "
+                f"first: {met[min(met)]}"
             )
         scores = {"held_out_accuracy": right / seen, "held_out_loss": loss / seen}
         self.progress["held_out"] = {

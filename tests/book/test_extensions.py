@@ -326,7 +326,8 @@ MYST = r"""(ch-a)=
 # Title
 
 See {prf:ref}`thm-a`, {eq}`eq-a`, {ref}`the chapter <ch-b>` and
-{cite:t}`pai2024masked`; {glue:text}`n` of {glue:text}`m` tokens {cite:p}`ho,pai2024masked`.
+{cite:t}`pai2024masked`; {glue:text}`n` of {glue:text}`m` tokens
+{cite:p}`ho,pai2024masked`.
 As in {ref}`ch-c`, {doc}`c`, {ref}`all
 of them <ch-none>`, {numref}`chapter {number} <ch-c>` and {eq}`eq-c`; {py:func}`~a.b.f`
 and {ref}`a claim <clm-x>`.
@@ -412,7 +413,7 @@ def test_notebook_is_plain_and_complete() -> None:
         "**Theorem 1.2 (Name).**",
         "[Theorem 1.2](#thm-a)",
         "[(1.1)](#eq-a), the chapter and\n",  # no notebook has that chapter
-        "[Pai et al. (2024)](#cite-pai2024masked); 12 of 196 tokens ([Ho and Jain, ",
+        "[Pai et al. (2024)](#cite-pai2024masked); 12 of 196 tokens\n([Ho and Jain, ",
         "[Chapter C](c.ipynb#ch-c), [Chapter C](c.ipynb), all\nof them, ",
         "[chapter 2](c.ipynb#ch-c) and [(2.1)](c.ipynb#eq-c); `f`",
         "[a claim](#clm-x)",

@@ -114,27 +114,36 @@ MEASURE = r"""async () => {
   await Promise.all(Array.from(document.images, e => e.decode().catch(() => null)));
   // unfold what is folded: what is hidden must fit and be rendered too
   document.querySelectorAll("details").forEach(d => { d.open = true; });
-  document.querySelectorAll(".toggle-hidden").forEach(d => d.classList.remove("toggle-hidden"));
+  const folded = document.querySelectorAll(".toggle-hidden");
+  folded.forEach(d => d.classList.remove("toggle-hidden"));
   await new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)));
   const all = (css, root = document) => Array.from(root.querySelectorAll(css));
-  const scrolls = e => { const o = getComputedStyle(e).overflowX; return o === "auto" || o === "scroll"; };
+  const scrolls = e => ["auto", "scroll"].includes(getComputedStyle(e).overflowX);
   const article = document.querySelector("article.bd-article");
   const outside = all("*", article).filter(e => {
     const box = e.getBoundingClientRect();
-    if (box.width === 0 || box.right <= innerWidth + 1 || e.closest("mjx-assistive-mml")) return false;
-    for (let up = e.parentElement; up && up !== article; up = up.parentElement) if (scrolls(up)) return false;
+    if (box.width === 0 || box.right <= innerWidth + 1) return false;
+    if (e.closest("mjx-assistive-mml")) return false;
+    for (let up = e.parentElement; up && up !== article; up = up.parentElement)
+      if (scrolls(up)) return false;
     return !scrolls(e);
   });
   return {
     width: document.documentElement.scrollWidth,
     outside: outside.slice(0, 5).map(e => e.outerHTML.slice(0, 160)),
-    mathErrors: all("mjx-merror, mjx-container [style*='red']").map(e => e.textContent.slice(0, 100)),
-    unrendered: all("span.math, div.math", article).filter(e => !e.querySelector("mjx-container")).length,
-    rawTex: all("p, li, td, figcaption, dd, div.claim", article)
-      .filter(e => !e.querySelector("pre, code") && /\\\(|\\\[|\$\$/.test(e.textContent))
+    mathErrors: all("mjx-merror, mjx-container [style*='red']")
       .map(e => e.textContent.slice(0, 100)),
-    pictures: all("img").map(e => ({src: e.getAttribute("src").slice(0, 80), alt: e.getAttribute("alt"),
-      loaded: e.complete && e.naturalWidth > 0})),
+    unrendered: all("span.math, div.math", article)
+      .filter(e => !e.querySelector("mjx-container")).length,
+    rawTex: all("p, li, td, figcaption, dd, div.claim", article)
+      .filter(e => !e.querySelector("pre, code"))
+      .filter(e => /\\\(|\\\[|\$\$/.test(e.textContent))
+      .map(e => e.textContent.slice(0, 100)),
+    pictures: all("img").map(e => ({
+      src: e.getAttribute("src").slice(0, 80),
+      alt: e.getAttribute("alt"),
+      loaded: e.complete && e.naturalWidth > 0,
+    })),
     previous: document.querySelector("a.left-prev")?.getAttribute("href"),
     next: document.querySelector("a.right-next")?.getAttribute("href"),
   };
@@ -252,12 +261,15 @@ CONTRAST = r"""() => {
     const [r, g, b] = colour.slice(0, 3).map(v => linear(v / 255));
     return 0.2126 * r + 0.7152 * g + 0.0722 * b;
   };
-  const ours = ".claim p, .claim-kind, .claim a, .chapter-tools a, figcaption span, .crate-source-file, " +
-    ".crate-player-controls *, .admonition a, div.proof a, table.ledger td p, table.ledger a";
-  const shown = Array.from(document.querySelectorAll(ours)).filter(e => e.offsetParent && e.textContent.trim());
+  const ours = ".claim p, .claim-kind, .claim a, .chapter-tools a, figcaption span, " +
+    ".crate-source-file, .crate-player-controls *, .admonition a, div.proof a, " +
+    "table.ledger td p, table.ledger a";
+  const shown = Array.from(document.querySelectorAll(ours))
+    .filter(e => e.offsetParent && e.textContent.trim());
   return shown.map(e => {
     const a = light(parse(getComputedStyle(e).color)), b = light(behind(e));
-    return [(Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05), e.outerHTML.slice(0, 120)];
+    const contrast = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+    return [contrast, e.outerHTML.slice(0, 120)];
   }).filter(pair => pair[0] < 4.5);
 }"""
 

@@ -46,7 +46,7 @@ def val_class(number: int) -> str:
 
 
 def training_files() -> dict[str, bytes]:
-    """Names below train/ with their bytes; one is damaged, one a PNG file, one small."""
+    """Names below train/ with their bytes; one damaged, one a PNG file, one small."""
     files = {}
     for k, wnid in enumerate(WNIDS):
         for i in range(TRAIN):

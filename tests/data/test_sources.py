@@ -170,7 +170,8 @@ def test_a_flat_held_out_folder_has_no_labels(tmp_path: Path) -> None:
 def test_unknown_form_of_data(spec: str) -> None:
     with pytest.raises(
         ValueError,
-        match=r"accepted are digits, folder:PATH, shards:PATH, torchvision:NAME, hf:NAME",
+        match=r"accepted are digits, folder:PATH, shards:PATH, torchvision:NAME, "
+        r"hf:NAME",
     ):
         open_data(spec)
 

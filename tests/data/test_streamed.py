@@ -107,9 +107,13 @@ def test_a_streamed_run_that_is_cut_goes_on_exactly(
     folder: Path, tmp_path: Path
 ) -> None:
     fields = {
-        "data": f"hf:{folder}", "streaming": True, "model": COLOUR, "augmentation": "crop_flip",
-        "epochs": 12 * 16 / 60, "warmup_ratio": 0.15,
-    }  # fmt: skip
+        "data": f"hf:{folder}",
+        "streaming": True,
+        "model": COLOUR,
+        "augmentation": "crop_flip",
+        "epochs": 12 * 16 / 60,
+        "warmup_ratio": 0.15,
+    }
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     said = train(tiny(tmp_path / "uncut", **fields))

@@ -885,7 +885,8 @@ def test_classes_are_counted() -> None:
         (with_labels([0, 1], [-1, -1]), "label -1 of a held-out picture"),
         (
             with_labels([0, 1], [0, 2, 3]),
-            "2 classes that no training picture has, such as 2: 3 classes held out, 2 to",
+            "2 classes that no training picture has, such as 2: 3 classes held "
+            "out, 2 to",
         ),
         (with_labels([0, 0], [0]), "at least two classes"),
         (
