@@ -219,7 +219,9 @@ class TrainingConfig:
         unknown = sorted(values.keys() - set(known))
         if unknown:
             raise ValueError(f"unknown fields {unknown}; accepted are {known}")
-        return cls(**values)
+        # JSON has no tuples
+        given = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**given)
 
     def identity(self) -> dict[str, Any]:
         """The fields that decide what the run computes, flat, ready for JSON."""

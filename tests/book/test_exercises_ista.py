@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crate_core.model.sparsify import ista_matrix, lasso_objective, proximal_step
@@ -80,6 +80,7 @@ def test_a_symmetric_dictionary_never_shrinks(dim, seed, eta):
     assert not torch.allclose(matrix, matrix.mT)
 
 
+@settings(max_examples=15)
 @given(st.integers(2, 6), st.integers(1, 5), seeds)
 def test_the_doubled_dictionary_is_the_signed_lasso(dim, atoms, seed):
     """ex-ista-doubled: equal minima; the squared norm doubles."""
@@ -89,7 +90,7 @@ def test_the_doubled_dictionary_is_the_signed_lasso(dim, atoms, seed):
     assert float(torch.linalg.matrix_norm(doubled, 2) ** 2) == pytest.approx(2 * lip)
     pair = torch.zeros(1, 2 * atoms, dtype=F64)
     signed = torch.zeros(1, atoms, dtype=F64)
-    for _ in range(4000):
+    for _ in range(400):
         pair = proximal_step(pair, token, doubled, 0.5 / lip, 0.1)
         moved = signed + (token - signed @ dictionary.mT) @ dictionary / lip
         signed = torch.nn.functional.softshrink(moved, 0.1 / lip)
@@ -97,5 +98,5 @@ def test_the_doubled_dictionary_is_the_signed_lasso(dim, atoms, seed):
     minimum = 0.5 * error.square().sum() + 0.1 * signed.abs().sum()
     found = lasso_objective(pair, token, doubled, 0.1)
     # both within |a*|^2 / (2 eta k) of their minima
-    slack = float(signed.square().sum()) * 2 * lip / 4000
+    slack = float(signed.square().sum()) * 2 * lip / 400
     assert abs(float(found - minimum)) <= slack + 1e-12
