@@ -220,7 +220,10 @@ class TrainingConfig:
         if unknown:
             raise ValueError(f"unknown fields {unknown}; accepted are {known}")
         # JSON has no tuples
-        given = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        given: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in values.items()
+        }
         return cls(**given)
 
     def identity(self) -> dict[str, Any]:
