@@ -3,9 +3,11 @@ r"""Image folders: which files, which class, which part.
 * **Files**: every one whose name ends as a format that the installed Pillow decodes
   (:func:`crate_core.data.pictures.image_extensions`); what is left out is counted by
   ending.  Hidden and resource files never count.
-* **Links** are followed, each real file counts once a part.  A link to what the folder
-  holds anyway is left out, and so is a training picture that the held-out part links
-  to.
+* **Links** are followed, each real file counts once a part, whatever symbolic or hard
+  links name it.  A link to what the folder holds anyway is left out (not one into a
+  hidden store or to a file without an ending, as git-annex and the Hub's cache have
+  them), and so is a training picture that the held-out part links to.  Links that lead
+  nowhere are counted.
 * **Classes** are the folders directly in a part; one without a readable file is named.
 * **Parts** are told by the names of folders, see :mod:`crate_core.data.parts`.
 
@@ -25,6 +27,7 @@ from crate_core.data.parts import (
     WORDS,
     chosen_parts,
     exact_part,
+    hidden,
     part_of,
     unmixed,
     words,
@@ -32,24 +35,19 @@ from crate_core.data.parts import (
 from crate_core.data.pictures import image_extensions
 from crate_core.data.sources import HELD_OUT, FileImages, ImageData, split_source
 
-RESOURCES = frozenset({"__macosx", "@eadir", "$recycle.bin", "lost+found"})
-"""Folders that systems leave behind, in lower case."""
-
-RESOURCE_FILES = frozenset({"thumbs.db", "desktop.ini"})
-"""Files that systems leave behind, in lower case."""
-
 
 @dataclass
 class Found:
     """Image files of one part by class, ``""`` for those that lie in it directly, with
     the real file behind each, and what was left out: other files by ending, links that
-    lead to files counted already.
+    lead to files counted already, links that lead nowhere.
     """
 
     root: Path
     by_class: dict[str, dict[Path, str]] = field(default_factory=dict)
     other: Counter[str] = field(default_factory=Counter)
     repeated: int = 0
+    broken: int = 0
 
     def left_out(self) -> list[str]:
         """What was left out, in words."""
@@ -60,6 +58,8 @@ class Found:
             said.append(f"{counted(total, 'file')} of other kinds ({kinds})")
         if self.repeated:
             said.append(f"{counted(self.repeated, 'link')} to what is counted already")
+        if self.broken:
+            said.append(f"{counted(self.broken, 'link')} to nothing")
         empty = [name for name, files in self.by_class.items() if name and not files]
         if empty:
             shown = ", ".join(f"{name}/" for name in empty[:5])
@@ -74,11 +74,6 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def hidden(name: str) -> bool:
-    """Whether a file or folder is hidden or a resource of some system."""
-    return name.startswith(".") or name.lower() in RESOURCES | RESOURCE_FILES
-
-
 def subfolders(directory: Path) -> list[str]:
     """Names of the folders in a directory that are not hidden, sorted."""
     return sorted(
@@ -88,49 +83,87 @@ def subfolders(directory: Path) -> list[str]:
     )
 
 
+def held_anyway(behind: str, root: str) -> bool:
+    """Whether a walk of the folder ``root`` meets what a link leads to by another name,
+    or leads back: both are paths without links.
+    """
+    real, top = Path(behind), Path(root)
+    if not real.is_relative_to(top):
+        return top.is_relative_to(real)
+    if any(hidden(name) for name in real.relative_to(top).parts):
+        return False
+    return real.is_dir() or real.suffix.lower() in image_extensions()
+
+
+class RealFiles:
+    """The name of the real file behind a name: of hard links the first one met."""
+
+    def __init__(self) -> None:
+        self.first: dict[tuple[int, int], str] = {}
+
+    def name(self, path: str, device: int, inode: int) -> str:
+        """The name of a file without symbolic links, which its folder lists as
+        ``inode`` of ``device``.
+        """
+        known = self.first.setdefault((device, inode), path)
+        # some file systems give one number to many files
+        return known if known == path or os.path.samefile(known, path) else path
+
+
 def walk(
-    directory: Path, real: str, root: str, stack: tuple[str, ...]
+    directory: Path, real: str, root: str, stack: tuple[str, ...], files: RealFiles
 ) -> Iterator[tuple[Path, str | None]]:
-    """Files under a directory with the real file behind each, ``None`` for a link to
-    what ``root`` holds anyway or leads back to.
+    """Files under a directory with the real file behind each: ``None`` for a link to
+    what ``root`` holds anyway or leads back to, "" for one that leads nowhere.
 
     ``real`` is the directory without links.  Raises ``OSError`` for a folder that
     cannot be read.
     """
+    device = os.stat(real).st_dev
     for entry in sorted(os.scandir(directory), key=lambda e: e.name):
         if hidden(entry.name):
             continue
         path, behind = directory / entry.name, os.path.join(real, entry.name)
         if entry.is_symlink():
             behind = os.path.realpath(path)
-            inside = os.path.commonpath([behind, root]) == root
-            if inside or behind in stack:
+            if not os.path.exists(behind):
+                yield path, ""
+                continue
+            if behind in stack or held_anyway(behind, root):
                 yield path, None
                 continue
         if entry.is_dir():
-            yield from walk(path, behind, root, (*stack, behind))
+            yield from walk(path, behind, root, (*stack, behind), files)
+        elif entry.is_symlink() and entry.is_file():
+            state = os.stat(behind)
+            yield path, files.name(behind, state.st_dev, state.st_ino)
         elif entry.is_file():
-            yield path, behind
+            yield path, files.name(behind, device, entry.inode())
 
 
-def image_files(directory: Path) -> Found:
-    """All image files of one part, at any depth, sorted, by class folder.
+def image_files(directory: Path, files: RealFiles | None = None) -> Found:
+    """All image files of one part, at any depth, sorted, by class folder; ``files`` has
+    what other parts were found to hold.
 
     Raises ``OSError`` for a folder that cannot be read.
     """
+    files = RealFiles() if files is None else files
     found = Found(directory)
     root = os.path.realpath(directory)
     seen: set[str] = set()
     for name in subfolders(directory):
-        if not (directory / name).is_symlink() or not os.path.realpath(
-            directory / name
-        ).startswith(root + os.sep):
+        inside = directory / name
+        if not inside.is_symlink() or not held_anyway(os.path.realpath(inside), root):
             found.by_class[name] = {}
-    for path, behind in walk(directory, root, root, (root,)):
+    for path, behind in walk(directory, root, root, (root,), files):
         parts = path.relative_to(directory).parts
-        if path.suffix.lower() not in image_extensions():
+        if behind == "":
+            found.broken += 1
+        elif behind is None:
+            found.repeated += 1
+        elif path.suffix.lower() not in image_extensions():
             found.other[path.suffix.lower() or "without an ending"] += 1
-        elif behind is None or behind in seen:
+        elif behind in seen:
             found.repeated += 1
         else:
             seen.add(behind)
@@ -158,6 +191,8 @@ def class_folders(found: Found) -> tuple[FileImages, list[str]]:
     }
     if not by_class and not loose:
         what = "is empty" if not any(directory.iterdir()) else "holds no image file"
+        if found.broken:
+            what += f", but {counted(found.broken, 'link')} to nothing"
         raise ValueError(
             f"the folder {directory} {what}; accepted are files named "
             f"*{', *'.join(image_extensions())}"
@@ -226,7 +261,8 @@ def holds_image(directory: Path) -> bool:
     real = os.path.realpath(directory)
     return any(
         path.suffix.lower() in image_extensions()
-        for path, _ in walk(directory, real, real, (real,))
+        for path, behind in walk(directory, real, real, (real,), RealFiles())
+        if behind
     )
 
 
@@ -260,7 +296,8 @@ def folder(path: str | Path) -> ImageData:
         chosen_parts(list(parts), str(root)) if parts else ("", None)
     )
     train_root = root / parts[train_part] if parts else root
-    found = image_files(train_root)
+    real = RealFiles()
+    found = image_files(train_root, real)
     if held_out_part is None:
         source, classes = class_folders(found)
         return split_source(
@@ -269,7 +306,7 @@ def folder(path: str | Path) -> ImageData:
     held_out_root = root / parts[held_out_part]
     if os.path.realpath(train_root) == os.path.realpath(held_out_root):
         raise ValueError(f"{train_root} and {held_out_root} are the same folder")
-    held = image_files(held_out_root)
+    held = image_files(held_out_root, real)
     apart = {behind for files in held.by_class.values() for behind in files.values()}
     both = 0
     for name, files in found.by_class.items():

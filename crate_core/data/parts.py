@@ -29,6 +29,17 @@ PART_OF_WORD = {word: part for part, words in WORDS.items() for word in words}
 ACCEPTED = "; ".join(f"{part}: {', '.join(words)}" for part, words in WORDS.items())
 """The rule's words, for messages."""
 
+RESOURCES = frozenset({"__macosx", "@eadir", "$recycle.bin", "lost+found"})
+"""Folders that systems leave behind, in lower case."""
+
+RESOURCE_FILES = frozenset({"thumbs.db", "desktop.ini"})
+"""Files that systems leave behind, in lower case."""
+
+
+def hidden(name: str) -> bool:
+    """Whether a file or folder is hidden or a resource of some system."""
+    return name.startswith(".") or name.lower() in RESOURCES | RESOURCE_FILES
+
 
 def words(name: str) -> list[str]:
     """The words of a name, in lower case."""
@@ -143,8 +154,5 @@ def visible_parquet(path: Path) -> list[Path]:
         for file in sorted(path.rglob("*"))
         if file.suffix.lower() == ".parquet"
         and file.is_file()
-        and not any(
-            name.startswith(".") or name == "__MACOSX"
-            for name in file.relative_to(path).parts
-        )
+        and not any(map(hidden, file.relative_to(path).parts))
     ]

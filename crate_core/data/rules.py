@@ -5,9 +5,8 @@ Book: :ref:`ch-first-training`.
 """
 
 from crate_core.data.batches import MAX_UNREADABLE, SUBSTITUTES
-from crate_core.data.folders import RESOURCE_FILES, RESOURCES
 from crate_core.data.named import IMAGE_COLUMNS, KEPT_ROWS, TORCHVISION_PARTS
-from crate_core.data.parts import WORDS
+from crate_core.data.parts import RESOURCE_FILES, RESOURCES, WORDS
 from crate_core.data.pictures import DARK, SIXTEEN_BITS, image_extensions
 from crate_core.data.sources import HELD_OUT, SPLIT_SEED
 from crate_core.data.streamed import BUFFER
@@ -37,7 +36,10 @@ def rules() -> dict[str, str]:
             "holds is told by its content. "
             f"Hidden files and what systems leave behind ({left_behind}) never count"
         ),
-        "links": "followed; each real file counts once",
+        "links": (
+            "followed, into hidden folders too; each real file counts once, whatever "
+            "symbolic or hard links name it; links to nothing are counted"
+        ),
         "parts": (
             f"folders, parquet files and splits by a word of their name ({parts}), in "
             "any case, between digits and punctuation; validation is held out before "

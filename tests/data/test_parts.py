@@ -1,6 +1,7 @@
 """Which files and folders are trained on, by their names: never a held-out one."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -192,6 +193,81 @@ def test_links_made_on_purpose_are_followed(tmp_path: Path) -> None:
     assert len(folder(whole).train) == 6
 
 
+PLACES = ["plain", "outside", "hidden", "blob", "beside", "hard", "hard beside"]
+
+
+@FRESH
+@given(
+    places=st.lists(st.sampled_from(PLACES), min_size=3, max_size=12),
+    broken=st.integers(0, 3),
+    loops=st.lists(st.sampled_from(["root", "above", "sibling"]), max_size=3),
+)
+def test_every_real_file_counts_once_wherever_links_put_it(
+    tmp_path_factory: pytest.TempPathFactory,
+    places: list[str],
+    broken: int,
+    loops: list[str],
+) -> None:
+    top = tmp_path_factory.mktemp("t")
+    root = top / "d"
+    for where in ("a", "b", ".annex", "blobs"):
+        (root / where).mkdir(parents=True)
+    (top / "store").mkdir()
+    for i, place in enumerate(places):
+        name = root / "ab"[i % 2] / f"{i:03d}.png"
+        real = {
+            "outside": top / "store" / f"{i}.png",
+            "hard": top / "store" / f"{i}.png",
+            "hidden": root / ".annex" / f"{i}.png",
+            "blob": root / "blobs" / f"{i}",
+        }.get(place, name)
+        Image.new("L", (4, 4), i).save(real, "PNG")
+        if place in ("outside", "hidden", "blob"):
+            name.symlink_to(os.path.relpath(real, name.parent))
+        elif place == "hard":
+            name.hardlink_to(real)
+        elif place == "beside":
+            (root / "ba"[i % 2] / f"{i}-again.png").symlink_to(name)
+        elif place == "hard beside":
+            (root / "ba"[i % 2] / f"{i}-again.png").hardlink_to(name)
+    for i in range(broken):
+        (root / "a" / f"gone{i}.png").symlink_to(
+            ("/nowhere/", "gone/")[i % 2] + "x.png"
+        )
+    for i, kind in enumerate(loops):
+        to = {"root": root, "above": top, "sibling": root / "a"}[kind]
+        (root / "b" / f"loop{i}").symlink_to(to)
+    found = image_files(root)
+    files = [file for of in found.by_class.values() for file in of]
+    assert len(files) == len(places)
+    assert len({Image.open(file).getpixel((0, 0)) for file in files}) == len(places)
+    again = sum(place in ("beside", "hard beside") for place in places)
+    assert (found.broken, found.repeated) == (broken, again + len(loops))
+    said = "; ".join(found.left_out())
+    assert ("to nothing" in said) == bool(broken)
+    assert ("to what is counted already" in said) == (found.repeated > 0)
+
+
+@pytest.mark.parametrize("link", [os.link, os.symlink])
+def test_a_picture_that_is_held_out_by_a_link_is_not_trained_on(
+    tmp_path: Path, link: Callable[[Path, Path], None]
+) -> None:
+    for name in "ab":
+        fill(tmp_path / "train" / name, 4)
+        (tmp_path / "val" / name).mkdir(parents=True)
+        link(tmp_path / "train" / name / "001.png", tmp_path / "val" / name / "x.png")
+    data = folder(tmp_path)
+    assert (len(data.train), len(data.held_out)) == (6, 2)
+    assert "2 training pictures that are held out too" in data.left_out
+
+
+def test_a_folder_of_links_to_nothing_says_so(tmp_path: Path) -> None:
+    for i in range(3):
+        (tmp_path / f"{i}.png").symlink_to(f"/nowhere/{i}.png")
+    with pytest.raises(ValueError, match="holds no image file, but 3 links to nothing"):
+        folder(tmp_path)
+
+
 def test_parts_that_are_one_folder_are_refused(tmp_path: Path) -> None:
     fill(tmp_path / "train" / "a", 3)
     (tmp_path / "val").symlink_to(tmp_path / "train")
@@ -226,6 +302,8 @@ def test_parquet_files_by_part(
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch()
         (file.parent / f"._{file.name}").touch()
+        (file.parent / "@eaDir").mkdir(exist_ok=True)
+        (file.parent / "@eaDir" / file.name).touch()
         expected[part] = [file]
     assert parquet_parts(root) == expected
     (root / "other.parquet").touch()

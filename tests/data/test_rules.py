@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from crate_core.data.folders import hidden
-from crate_core.data.parts import part_of
+from crate_core.data.parts import hidden, part_of
 from crate_core.data.pictures import DarkPictureWarning, as_shown, image_extensions
 from crate_core.data.rules import rules, rules_table
 from crate_core.data.sources import ImageSource
