@@ -33,6 +33,9 @@ FORMULA = re.compile(r"\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 NOT_TEXT = re.compile(
     r"<(script|style|pre|code|textarea|title)\b.*?</\1>|<!--.*?-->|<[^>]*>", re.DOTALL
 )
+PART = r'(?:[^{}"]|"(?:[^"\\]|\\.)*")'
+RULE = re.compile(rf"{PART}+\{{{PART}*\}}")
+"""A rule of a style sheet; strings may hold braces (the character of a brace does)."""
 SCRIPTS = re.compile(
     r"\s*<script>window\.MathJax = .*?</script>"
     r'|\s*<script [^>]*src="[^"]*/mathjax/[^"]*"></script>',
@@ -136,7 +139,7 @@ def merged(old: str, new: str) -> str:
     """Two style sheets in one; pages that were written before need the old rules."""
     rules: dict[str, None] = {}
     for sheet in (old, new):
-        for rule in re.findall(r"[^{}]+\{[^{}]*\}", sheet):
+        for rule in RULE.findall(sheet):
             rules[" ".join(rule.split())] = None
     return "\n".join(rules) + "\n"
 

@@ -69,7 +69,6 @@ def claims_written(page: str) -> int:
 
 
 OLD_CLAIMS = {
-    "cost": 12,
     "evaluation": 10,
 }
 """How many claims of a chapter still refuse nothing: delete its line when it is

@@ -58,7 +58,6 @@ GREEK = [
 LEFT = {
     "coding_rate": {r"\delta", r"\mathcal R", "S"},
     "ista": {"S", "u"},
-    "cost": {"N"},
 }
 """What chapters that are not rewritten yet still have; only ever fewer."""
 LEFT_FIRST = 3

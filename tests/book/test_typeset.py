@@ -46,6 +46,16 @@ def test_style_sheets_are_merged() -> None:
     assert merged == "a { b: c; }\nd { e: f }\ng {h: i}\n"
 
 
+def test_a_brace_in_a_string_ends_no_rule() -> None:
+    rules = [
+        'a::before { content: "{"; }',
+        'b::before { content: "}"; }',
+        r'c::before { content: "\""; }',
+        'd[e="{"] { f: g }',
+    ]
+    assert typeset.merged("", "\n".join(rules)) == "\n".join(rules) + "\n"
+
+
 def test_scripts_of_mathjax_are_found() -> None:
     page = (
         "<script>var a = 1;</script>\n<script>window.MathJax = {}</script>\n"
