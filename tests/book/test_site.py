@@ -351,6 +351,16 @@ def test_links_within_the_site_lead_somewhere() -> None:
     assert not dead
 
 
+def test_tables_that_cells_display_are_tables() -> None:
+    text = []
+    for name in PAGES:
+        page = soup(HTML / f"{name}.html")
+        for code in page.select("pre, code"):
+            code.decompose()
+        text += [name for row in (r"|---", r"| ---") if row in page.get_text()]
+    assert not text
+
+
 def test_nothing_is_asked_of_the_network() -> None:
     asked = []
     for path in HTML.rglob("*.html"):
