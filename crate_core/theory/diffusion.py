@@ -418,7 +418,7 @@ def round_trip_bound(c: float, steps: int) -> float:
     for mutually orthogonal subspaces, with P the projection on their sum.
 
     ``ValueError`` unless 0 <= c < 1 and steps >= 1.  Book: :ref:`ch-structured-ode`,
-    :prf:ref:`thm-sode-round-trip`.
+    :eq:`eq-sode-round-trip-norm`, :prf:ref:`thm-sode-round-trip`.
     """
     if not 0 <= c < 1 or steps < 1:
         raise ValueError(

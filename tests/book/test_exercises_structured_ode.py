@@ -69,6 +69,18 @@ def test_a_layer_above_two_raises_the_rate_of_small_tokens(seed, c):
     assert subspace_coding_rate(after, bases, 0.5) > subspace_coding_rate(z, bases, 0.5)
 
 
+@given(st.floats(0.1, 20), st.floats(0.05, 3))
+def test_a_precision_that_follows_raises_the_rate_at_the_current_precision(beta, s):
+    """ex-sode-descent: along it beta s^2 grows, while s falls."""
+    energies, sizes = [], []
+    for fall in np.linspace(0, 2, 201):
+        energies.append(beta * math.exp(2 * fall) * s**2)
+        sizes.append(s)
+        s *= math.exp(-0.01 / (1 + energies[-1]))
+    assert np.all(np.diff(energies) > 0)
+    assert np.all(np.diff(sizes) < 0)
+
+
 @given(seeds, st.floats(0.01, 2))
 def test_twins_halve_the_speed(seed, time):
     """ex-sode-duplicates."""
@@ -132,10 +144,20 @@ def test_the_worst_error_over_the_decoders_step():
     assert abs(worst(0.47)[0] - worst(0.47)[1]) < 0.01
     assert round(worst(0.47)[1], 2) == 0.24
 
+    def worst_of_signal(own: float) -> float:
+        s = s0 = np.logspace(0.5, 3, 4000)  # beta s^2 >= 10
+        for _ in range(12):
+            s = s * (1 - 1 / 3 / (1 + s * s))
+        for _ in range(12):
+            s = s * (1 + own / (1 + s * s))
+        return float(np.abs(np.log(s / s0)).max())
+
+    assert worst_of_signal(1 / 3) < worst_of_signal(0.47) < worst_of_signal(1 / 2)
+
 
 @given(st.floats(0.01, 0.88), st.integers(1, 40), st.floats(-5, 4))
 def test_a_step_of_its_own_restores_within_its_bound(c, depth, log_size):
-    """prop-sode-own-step: never below the start for c <= 8 / 9, within 3/4 L c c'."""
+    """thm-sode-round-trip, part 2: never below the start for c <= 8 / 9, within 3/4 L c c'."""
     own = c / (1 - c)
     s = start = 10 ** (log_size / 2)
     for _ in range(depth):
