@@ -157,7 +157,7 @@ def test_the_worst_error_over_the_decoders_step():
 
 @given(st.floats(0.01, 0.88), st.integers(1, 40), st.floats(-5, 4))
 def test_a_step_of_its_own_restores_within_its_bound(c, depth, log_size):
-    """thm-sode-round-trip, part 2: never below the start for c <= 8 / 9, within 3/4 L c c'."""
+    """thm-sode-round-trip, part 2: between the start and 3/4 L c c' above it."""
     own = c / (1 - c)
     s = start = 10 ** (log_size / 2)
     for _ in range(depth):
