@@ -32,6 +32,13 @@ RUN_FILE = "run.json"
 """What a training run records of itself: its configuration and its starts."""
 
 
+def printable(text: str) -> str:
+    r"""Text as UTF-8 can hold it: bytes of a file's name that are in another encoding,
+    which Python reads as surrogates, become ``\udcXX`` with a backslash.
+    """
+    return text.encode("utf8", "backslashreplace").decode("utf8")
+
+
 def atomic_write(path: Path, content: bytes) -> None:
     """Write a file whole or not at all: under a temporary name beside it, flushed to
     disk, then renamed.

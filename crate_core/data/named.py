@@ -190,17 +190,27 @@ def read_shards(files: Sequence[Path]) -> int:
 
 
 def damaged_shard(files: Sequence[Path]) -> str:
-    """Which of some parquet files cannot be read to its end, and why; "" if all can."""
+    """Which of some parquet files cannot be read to its end, or has a column of another
+    type than the first one's, and why; "" if there is none.
+    """
     import pyarrow
     import pyarrow.parquet
 
+    types: dict[str, Any] = {}
     for file in files:
         try:
             with pyarrow.parquet.ParquetFile(file) as opened:
                 for _ in opened.iter_batches():
                     pass
+                schema = opened.schema_arrow
         except (pyarrow.ArrowException, OSError, ValueError) as error:
             return f"{file} is not readable parquet: {error}"
+        for name, kind in zip(schema.names, schema.types, strict=True):
+            if types.setdefault(name, kind) != kind:
+                return (
+                    f"{file} does not fit the files before it: its column {name!r} "
+                    f"holds {kind}, theirs {types[name]}"
+                )
     return ""
 
 

@@ -36,7 +36,7 @@ from crate_core.data.pictures import UnreadableImageError, open_picture, upright
 from crate_core.data.raw import Original, RawData, names_apart, raw_data
 from crate_core.data.shards import MANIFEST, ROW_GROUP, index_file
 from crate_core.data.sources import ImageSource
-from crate_core.records import atomic_write, write_json
+from crate_core.records import atomic_write, printable, write_json
 
 Format = Literal["folders", "parquet", "tar"]
 
@@ -261,7 +261,7 @@ def write_parquet(path: Path, pictures: Iterator[tuple[str, int, bytes]]) -> Row
     cells, labels = [], []
     for name, label, data in pictures:
         rows.append((len(rows), len(data), label))
-        cells.append({"bytes": data, "path": f"{name}.jpg"})
+        cells.append({"bytes": data, "path": f"{printable(name)}.jpg"})
         labels.append(label if label >= 0 else None)
     cell = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
     features = {
@@ -329,7 +329,8 @@ def settings_of(tasks: Sequence[Task], config: PrepareConfig) -> dict[str, Any]:
     for task in tasks:
         for name, label, of in zip(task.names, task.labels, task.pictures, strict=True):
             size = of.size if of.size >= 0 else os.path.getsize(of.path)
-            digest.update(f"{task.file}\0{name}\0{label}\0{size}\n".encode())
+            line = f"{task.file}\0{printable(name)}\0{label}\0{size}\n"
+            digest.update(line.encode())
     chosen = {name: getattr(config, name) for name in ("side", "quality", "format")}
     return {
         **chosen,

@@ -126,7 +126,8 @@ class StreamedImages(ImageSource):
         try:
             for row in self.table.shuffle(seed=key, buffer_size=self.buffer):
                 yield encoded(row[self.column], self.first.origin)
-        except (ValueError, OSError) as error:  # pyarrow's are among them
+        # pyarrow's are ValueErrors; a column of another type is a TypeError
+        except (ValueError, TypeError, OSError) as error:
             raise ValueError(
                 f"{self.first.origin} cannot be read on: {error}"
             ) from error
@@ -250,7 +251,7 @@ def stream_data(location: str, keep: bool = True) -> ImageData:
             return EncodedImages(
                 [encoded(row[column], origin) for row in first], origin
             )
-        except (ValueError, OSError) as error:  # pyarrow's are among them
+        except (ValueError, TypeError, OSError) as error:  # as in an epoch
             path = Path(location).expanduser()
             files = visible_parquet(path) if path.is_dir() else [path]
             found = damaged_shard(files) if path.exists() else ""

@@ -19,6 +19,7 @@ from crate_core.data.batches import (
 )
 from crate_core.data.sources import ImageData, ImageSource, SelectedImages
 from crate_core.data.transforms import Size
+from crate_core.records import printable
 
 NAMED = 5
 """How many names of classes or files a line gives."""
@@ -225,8 +226,11 @@ def contact_sheet(
             axis.imshow(pixels, cmap="gray", vmin=0, vmax=1)
             label = -1 if source.labels is None else int(source.labels[index])
             named = data.classes[label] if 0 <= label < len(data.classes) else ""
-            axis.set_title(named[:14], fontsize=7)
-        row[0].set_title(f"{part}: {row[0].get_title()}".rstrip(": "), fontsize=7)
+            said = printable(named)[:14]
+            if axis is row[0]:
+                said = f"{part}: {said}".rstrip(": ")
+            # a class may be called $x^2$, which is no formula here
+            axis.set_title(said, fontsize=7, parse_math=False)
     file = io.BytesIO()
     figure.savefig(file, format="png")
     return file.getvalue()

@@ -28,7 +28,7 @@ from crate_core.data.sources import ImageSource
 from crate_core.model.autoencoder import MaskedAutoencoder, evaluation_mode
 from crate_core.model.config import FrameConfig
 from crate_core.model.files import weights_digest
-from crate_core.records import write_json
+from crate_core.records import printable, write_json
 from crate_core.shapes import Images
 
 PIXEL_SIDE = 32
@@ -155,7 +155,7 @@ def features_key(
     digest.update(json.dumps(asdict(model.config), sort_keys=True).encode())
     digest.update(weights_digest(model.state_dict()).encode())
     for index in range(len(source)):
-        digest.update(source.name(index).encode())
+        digest.update(printable(source.name(index)).encode())
         digest.update(b"\0")
     if source.labels is not None:
         digest.update(source.labels.tobytes())

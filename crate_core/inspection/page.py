@@ -36,7 +36,7 @@ from crate_core.inspection.sections import (
 from crate_core.model.autoencoder import MaskedAutoencoder
 from crate_core.model.build import fresh_model
 from crate_core.model.config import FrameConfig
-from crate_core.records import atomic_write, device_name, provenance
+from crate_core.records import atomic_write, device_name, printable, provenance
 from crate_core.shapes import Images
 
 
@@ -248,4 +248,4 @@ def inspect_checkpoint(
 
 def write_report(path: str | Path, page: str) -> None:
     """Write the page, whole or not at all; ``OSError`` if it cannot be written."""
-    atomic_write(Path(path), page.encode())
+    atomic_write(Path(path), printable(page).encode())

@@ -3,6 +3,7 @@
 import datetime
 import io
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,8 @@ from tiny_runs import tiny, train
 
 import crate_core.training.pretrain as pretraining
 from crate_core.data.named import class_numbers, hub_parts, image_column, open_data
-from crate_core.data.sources import HELD_OUT, held_out_split
-from crate_core.data.streamed import stream_data
+from crate_core.data.sources import HELD_OUT, ImageData, held_out_split
+from crate_core.data.streamed import StreamedImages, stream_data
 from crate_core.model.config import CrateMAEConfig
 
 datasets = pytest.importorskip("datasets")
@@ -225,6 +226,26 @@ def test_a_damaged_shard_is_named(tmp_path: Path) -> None:
         bad.write_bytes(data)
         with pytest.raises(ValueError, match=r"train-1-of-3\.parquet"):
             open_data(f"hf:{tmp_path / 'd'}")
+
+
+@pytest.mark.parametrize("opener", [open_data, lambda spec: stream_data(spec[3:])])
+@pytest.mark.parametrize("part", ["train-1", "test"])
+@pytest.mark.parametrize("column", [[{"a": 1}] * 20, list(range(20)), [["x"]] * 20])
+def test_a_shard_whose_images_are_none_is_named(
+    tmp_path: Path, opener: Callable[[str], ImageData], part: str, column: list
+) -> None:
+    write(tmp_path / "d/train-0.parquet", image=cells(20))
+    write(tmp_path / "d/train-2.parquet", image=cells(20))
+    write(tmp_path / f"d/{part}.parquet", image=column)
+    try:
+        source = opener(f"hf:{tmp_path / 'd'}").train
+        assert isinstance(source, StreamedImages)  # of which the first rows are read
+        with pytest.raises(ValueError, match="cannot be read on"):
+            list(source.epoch(0, 0))
+    except ValueError as error:
+        assert str(tmp_path / "d") in str(error)  # noqa: PT017
+        if part == "train-1":
+            assert "train-1.parquet does not fit" in str(error)  # noqa: PT017
 
 
 @pytest.mark.parametrize("name", ["a[b]", "x*", "wh?t", "{a,b}", "co lon", "ä"])

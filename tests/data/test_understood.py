@@ -297,6 +297,33 @@ def test_names_that_a_console_cannot_print_are_escaped(
     assert json.dumps("к")[1:-1].encode() in written.getvalue()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are bytes on Linux")
+def test_names_in_another_encoding_go_through_every_command(
+    tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tree(tmp_path / "d", 12, "a")
+    odd = Path(os.fsdecode(os.fsencode(root) + b"/caf\xe9"))
+    os.rename(tree(tmp_path / "e", 12, "b") / "b", odd)
+    (odd / os.fsdecode(b"\xff.png")).write_bytes(b"no picture")
+    (root / "$x_{$").mkdir()  # nor a formula
+    for i in range(12):
+        photo(i).save(root / "$x_{$" / f"{i}.png")
+    data, model = f"folder:{root}", ["--checkpoint", str(checkpoint)]
+    sheet = ["--output", str(tmp_path / "s.png"), "--check", "--image-size", "8"]
+    assert main(["data", data, *sheet]) == 0
+    probe = ["probe", *model, "--data", data, "--cache", str(tmp_path / "c")]
+    assert main([*probe, "--no-neighbours", "--epochs", "1"]) == 0
+    picture = str(sorted(odd.iterdir())[0])
+    page = ["--seeds", "1", "--output", str(tmp_path / "p.html")]
+    assert main(["inspect", *model, "--images", picture, *page]) == 0
+    for kind in ("parquet", "tar"):
+        copy = ["prepare", str(root), str(tmp_path / kind), "--format", kind]
+        assert main([*copy, "--workers", "1"]) == 0
+    said = capsys.readouterr()
+    assert "caf" in said.out
+    assert "error" not in said.err
+
+
 # -- before the work, on any machine
 
 
