@@ -85,7 +85,7 @@ def test_a_second_token_at_an_angle_occupies_the_plane(phi, first, second):
     st.integers(1, 400), st.floats(0.01, 1.0), st.floats(0.02, 1.0), st.integers(2, 12)
 )
 def test_second_moment_of_the_law(n, noise, eps, components):
-    """ex-cd-m2: mean mu^2 = mean mu / (1 + beta chi S_2), by a difference in beta."""
+    """app-cd-law: mean mu^2 = mean mu / (1 + beta chi S_2), by a difference in beta."""
     rank = 8
     load = n / (components * rank)
     t2 = noise**2 / components
