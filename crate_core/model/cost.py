@@ -164,6 +164,47 @@ def operations(
     return StepCost(forward, backward, recomputed)
 
 
+def classifier_operations(config: CrateMAEConfig, batch: int, classes: int) -> StepCost:
+    r"""Operations of a fine-tuning step on ``batch`` images, by part: the encoder on
+    all patches, and a linear classifier with 2 B d c operations forward.
+
+    Counted as in :func:`operations` with ``fused``; a step of a probe's features is
+    ``forward`` alone, without the classifier.
+
+    Parameters
+    ----------
+    config : sizes; the decoder does not count.
+    batch : images, B.
+    classes : c.
+
+    Raises
+    ------
+    ValueError
+        For a configuration with ablations that change the products.
+
+    Book: :ref:`ch-evaluation`.
+    """
+    require_published(config)
+    patches, d = math.prod(config.grid), config.dim
+    tokens, square = batch * (1 + patches), 2 * d * d
+    pixels = config.patch_size**2 * config.channels
+    forward = {
+        "embedding": 2 * batch * patches * pixels * d,
+        "projections": 2 * square * tokens * config.depth,
+        "attention": 4 * d * tokens * (1 + patches) * config.depth,
+        "ISTA": square * tokens * config.depth,
+        "classifier": 2 * batch * d * classes,
+    }
+    backward = {
+        part: (1 if part == "embedding" else 2) * count
+        for part, count in forward.items()
+    }
+    recomputed = forward["attention"] // 2
+    backward["attention"] += recomputed
+    forward["M of ISTA"] = backward["M of ISTA"] = square * d * config.depth
+    return StepCost(forward, backward, recomputed)
+
+
 def saved_numbers(
     config: CrateMAEConfig,
     batch: int,

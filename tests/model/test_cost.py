@@ -14,9 +14,11 @@ from scipy.stats import ks_2samp
 from torchvision.transforms import RandomResizedCrop
 
 from crate_core.data.transforms import CROP_RATIO, CROP_SCALE, crop_box, mixed, uniforms
+from crate_core.model.classifier import Classifier
 from crate_core.model.config import CrateMAEConfig
 from crate_core.model.cost import (
     activation_bytes,
+    classifier_operations,
     hours,
     operation_counter,
     operations,
@@ -61,6 +63,32 @@ def test_operations_and_parameters_are_torchs(
     # is not counted.
     assert forward.get_total_flops() + backward.get_total_flops() == predicted.needed
     assert sum(p.numel() for p in model.parameters()) == parameter_count(config)
+
+
+@given(
+    heads=st.integers(1, 3),
+    depth=st.integers(1, 3),
+    side=st.sampled_from([8, 16]),
+    batch=st.integers(1, 3),
+    classes=st.integers(2, 12),
+)
+def test_operations_of_fine_tuning_are_torchs(
+    heads: int, depth: int, side: int, batch: int, classes: int
+) -> None:
+    config = CrateMAEConfig(
+        image_size=side, patch_size=4, dim=8 * heads, depth=depth, heads=heads
+    )
+    with torch.device("meta"):
+        model = Classifier(CrateMAE(config), classes).to("meta")  # its head, too
+        with operation_counter() as forward:
+            scores = model(torch.empty(batch, 3, side, side))
+        with operation_counter() as backward:
+            scores.sum().backward()
+    predicted = classifier_operations(config, batch, classes)
+    assert forward.get_total_flops() == sum(predicted.forward.values())
+    # on shapes alone attention stores its weights
+    both = forward.get_total_flops() + backward.get_total_flops()
+    assert both == predicted.needed
 
 
 def test_published_sizes() -> None:
