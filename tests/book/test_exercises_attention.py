@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crate_core.model.attention import attend, attention_weights, exact_mssa, mssa
-from crate_core.theory.denoise import noise_left
-from crate_core.theory.mixture import LowRankGaussianMixture, random_bases
+from crate_core.theory.mixture import LowRankGaussianMixture
 from crate_core.theory.rate import head_coordinates, subspace_beta
 
 F64 = torch.float64
@@ -97,28 +96,19 @@ def test_scale_at_which_the_weight_on_oneself_is_one_half():
     assert sorted(crossings)[10] == pytest.approx(alpha, abs=0.3)
 
 
-def with_nonnegative_codes(seed: int):
+@given(st.integers(1, 12), st.integers(1, 8), st.floats(0.3, 2), seeds)
+def test_posterior_mean_is_attention_to_clean_tokens(n, p, sigma, seed):
+    """prop-attention-posterior, by densities; and the discount of other lengths."""
     g = seeded(seed)
-    bases = random_bases(256, 4, 64, generator=g)
-    codes = torch.relu(torch.randn(512, 64, generator=g))
-    codes = codes / codes.square().sum(-1).mean().sqrt()
-    clean = (bases[torch.arange(512) % 4] @ codes[..., None])[..., 0]
-    return bases, clean + 0.3 / 16 * torch.randn(512, 256, generator=g), clean
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_subtracting_the_mean_mends_nonnegative_codes(seed):
-    """ex-attention-centre; with 4 heads only 3 paid for the mean: less is won."""
-    bases, noisy, clean = with_nonnegative_codes(seed)
-    v = head_coordinates(noisy, bases)
-    left = {"plain": [], "mended": []}
-    for scale in (8.0, 16.0, 32.0):
-        out = attend(v, scale)
-        for name, heads in (("plain", out), ("mended", out - v.mean(-2, keepdim=True))):
-            removed = noisy - (heads @ bases.mT).sum(-3)
-            step = (removed * (noisy - clean)).sum() / removed.square().sum()
-            left[name].append(noise_left(noisy - step * removed, noisy, clean))
-    assert min(left["mended"]) < 0.8 * min(left["plain"])
+    clean = torch.randn(n, p, generator=g, dtype=F64)
+    v = torch.randn(5, p, generator=g, dtype=F64)
+    for points in (clean, torch.nn.functional.normalize(clean, dim=-1)):
+        square = torch.cdist(v, points).square()
+        weights = torch.softmax(-square / (2 * sigma**2), -1)
+        scores = v @ points.mT / sigma**2
+        discount = points.square().sum(-1) / (2 * sigma**2)
+        torch.testing.assert_close(torch.softmax(scores - discount, -1), weights)
+    torch.testing.assert_close(torch.softmax(scores, -1), weights)
 
 
 @pytest.mark.parametrize("seed", range(3))
