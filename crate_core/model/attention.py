@@ -210,7 +210,7 @@ def mssa_step(
     ValueError
         If the bases do not fit the tokens or eps is not positive.
 
-    Book: :ref:`ch-attention`, :prf:ref:`def-attention-exact`.
+    Book: :ref:`ch-attention`, :eq:`eq-attention-exact`.
     """
     attended = (
         exact_mssa(z, bases, eps) if exact else mssa(z, bases, scale=scale, eps=eps)
