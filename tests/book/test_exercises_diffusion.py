@@ -35,12 +35,12 @@ def test_preserving_is_exploding_up_to_scale(rates, signal):
 
 @given(st.floats(0.1, 3), st.floats(0.05, 0.95))
 def test_the_factor_on_the_fresh_noise_makes_a_step_exact_outside(sigma, share):
-    """ex-diff-ancestral: sigma'^2 (f + (1 - f) / f) without the factor,
+    """ex-diff-ancestral: sigma'^2 (1 + (1 - f)^2 / f) without the factor,
     sigma'^2 with.
     """
     lower, f = math.sqrt(share) * sigma, share
     plain = lower**4 / sigma**2 + sigma**2 - lower**2
-    assert plain == pytest.approx(lower**2 * (f + (1 - f) / f))
+    assert plain == pytest.approx(lower**2 * (1 + (1 - f) ** 2 / f))
     assert plain > lower**2
     mixture = LowRankGaussianMixture(
         random_bases(40, 1, 1, generator=seeded(0)).to(F64)
