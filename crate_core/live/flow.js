@@ -141,12 +141,12 @@
       const curve = list => list.map((v, i) => [i / steps, v]);
       left.line([[state.time, 0], [state.time, worst]], "muted", { "stroke-width": 1 });
       left.line(curve(seen.left_structured), "blue");
-      left.line(curve(seen.left_probability), "pink", { "stroke-dasharray": "6 3" });
+      left.line(curve(seen.left_probability), "green", { "stroke-dasharray": "6 3" });
       left.dot([state.time, seen.left_structured[now]], "blue", 0);
-      left.dot([state.time, seen.left_probability[now]], "pink", 1);
+      left.dot([state.time, seen.left_probability[now]], "green", 1);
       view.legend([["square", "blue", "singular value of a head's own tokens"],
         ["square", "orange", "of other tokens' noise (with a mark); pale: at the start"],
-        ["line", "blue", "noise left, structured"], ["dash", "pink", "probability flow"]]);
+        ["line", "blue", "noise left, structured"], ["dash", "green", "probability flow"]]);
       const best = seen.left_structured.indexOf(Math.min(...seen.left_structured));
       view.say(`Structured flow at βt = ${L.fixed(seen.beta_time)}: ${L.say(100 * seen.left_structured[now])} % of the noise left ` +
         `(least: ${L.say(100 * seen.left_structured[best])} % at βt = ${L.fixed(data.inputs.longest * best / steps)}). ` +

@@ -147,7 +147,7 @@ def still() -> Figure:
     clock = np.linspace(0, 1, STEPS + 1)
     for name, line, colour in (
         ("structured", "-", COLORS["exact"]),
-        ("probability", "--", COLORS["flow"]),
+        ("probability", "--", COLORS["tweedie"]),
     ):
         axes[1, 1].plot(clock, seen[f"left_{name}"], line, color=colour, label=name)
     axes[1, 1].axvline(FIGURE.state["time"], color="black", linewidth=0.8)
