@@ -299,7 +299,10 @@ def test_names_that_a_console_cannot_print_are_escaped(
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names of files are bytes on Linux")
 def test_names_in_another_encoding_go_through_every_command(
-    tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    checkpoint: Path,
+    capsys: pytest.CaptureFixture[str],
+    recwarn: pytest.WarningsRecorder,
 ) -> None:
     root = tree(tmp_path / "d", 12, "a")
     odd = Path(os.fsdecode(os.fsencode(root) + b"/caf\xe9"))
@@ -322,6 +325,8 @@ def test_names_in_another_encoding_go_through_every_command(
     said = capsys.readouterr()
     assert "caf" in said.out
     assert "error" not in said.err
+    # recorded here, since a name that is no text cannot go to another process
+    assert any("caf" in str(warned.message) for warned in recwarn)
 
 
 # -- before the work, on any machine
