@@ -194,6 +194,9 @@ def test_a_checkpoint_is_probed_beside_its_controls(tmp_path: Path) -> None:
 
 @pytest.mark.bad_input
 def test_an_unknown_solver_is_named() -> None:
+    pytest.importorskip("sklearn")
+    from crate_core.evaluation.probing import probe_checkpoint
+
     with pytest.raises(ValueError, match="solver='newton'"):
         probe_checkpoint("cifar10-tiny", "digits", solver="newton")  # type: ignore[arg-type]
 
