@@ -208,7 +208,7 @@ SEARCHES = {
     "mask token": "crate_mae",
     "linear probe": "evaluation",
     "fine-tuning": "evaluation",
-    "ImageNet": "pretraining",
+    "ImageNet": "pretraining evaluation",  # both titles end in it
     "notation": "notation",
     "layer by layer": "layer_by_layer",
     "heads": "tokens_and_heads",
@@ -230,7 +230,7 @@ def test_search_finds_its_chapter_first(browser, words: str) -> None:
         ).is_file(), link
     assert visit.errors == []
     context.close()
-    assert Path(urldefrag(found[0])[0]).stem == SEARCHES[words], found[:3]
+    assert Path(urldefrag(found[0])[0]).stem in SEARCHES[words].split(), found[:3]
 
 
 def test_search_box_leads_to_the_search_page(tab: Visit) -> None:
