@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-Number = int | float
-
 SERIF = "'STIX Two Text','Times New Roman',Times,'Liberation Serif',serif"
 SANS = "system-ui,'Segoe UI',Helvetica,Arial,sans-serif"
 
@@ -142,7 +140,7 @@ def formula(text: str) -> str:
 
 
 def _text(
-    x: Number, y: Number, body: str, size: Number, family: str = SANS, style: str = ""
+    x: float, y: float, body: str, size: float, family: str = SANS, style: str = ""
 ) -> str:
     return (
         f'<text x="{x:g}" y="{y:g}" font-family="{family}" font-size="{size:g}" '
@@ -150,7 +148,7 @@ def _text(
     )
 
 
-def _arrow(x0: Number, y0: Number, x1: Number, y1: Number) -> str:
+def _arrow(x0: float, y0: float, x1: float, y1: float) -> str:
     """A straight arrow along an axis."""
     ahead = 1 if (x1 > x0 or y1 > y0) else -1
     head = f"l{-7 * ahead} -4v8z" if x0 != x1 else f"l-4 {-7 * ahead}h8z"
@@ -168,13 +166,13 @@ class Canvas:
     ``notes`` (x, y, words)."""
 
     name: str
-    width: Number
-    height: Number
-    letters: Number
-    boxes: dict[str, tuple[Number, Number, Number, Number]]
-    frames: dict[str, tuple[Number, Number, Number, Number]]
-    arrows: tuple[tuple[Number, Number, Number, Number], ...]
-    notes: tuple[tuple[Number, Number, str], ...]
+    width: float
+    height: float
+    letters: float
+    boxes: dict[str, tuple[float, float, float, float]]
+    frames: dict[str, tuple[float, float, float, float]]
+    arrows: tuple[tuple[float, float, float, float], ...]
+    notes: tuple[tuple[float, float, str], ...]
 
     def svg(self, filled: set[str], heard: str) -> str:
         """The SVG text with the boxes named in ``filled`` filled."""
