@@ -220,10 +220,7 @@ def test_exercises_have_solutions_and_one_is_code(page: str) -> None:
 @pytest.mark.parametrize("page", chapters())
 def test_chapter_ends_as_all_do(page: str) -> None:
     headings = re.findall(r"(?m)^##+ (.+)$", prose(text_of(page)))
-    assert any(
-        re.fullmatch(r"What this chapter added to `crate_core`", heading)
-        for heading in headings
-    ), headings
+    assert "In `crate_core`" in headings
 
 
 @pytest.mark.parametrize("page", chapters())
