@@ -9,7 +9,10 @@ A browser then loads less and moves nothing while it does:
 * the search index is loaded by the search page alone;
 * the list of the package's modules stands beside their pages alone;
 * each page has one viewport and a description; `index.html`, which only leads on, has a
-  title; a wrong address finds a page (`404.html`, for a server that uses it).
+  title; a wrong address finds a page (`404.html`, for a server that uses it);
+* boxes that scroll sideways can be reached by the keyboard and say at which edge there
+  is more; the bar beside the text is a landmark; an empty corner of a table is no
+  header.
 
 Every step leaves a page that was finished before as it is.
 """
@@ -35,12 +38,19 @@ PALETTE_ERROR = 1.5
 
 EDGES = """
 (function () {
-  var wide = "div.math, div.math mjx-container, p, pre, .output, table, .more-box";
+  var wide = "div.math, mjx-container, p, pre, .output, table, .more-box";
   function mark(box) {
     var left = box.scrollLeft, more = box.scrollWidth - box.clientWidth;
-    var scrolls = more > 2 && /auto|scroll/.test(getComputedStyle(box).overflowX);
+    var scrolls = more > 0 && /auto|scroll/.test(getComputedStyle(box).overflowX);
     box.classList.toggle("more-left", scrolls && left > 2);
     box.classList.toggle("more-right", scrolls && left < more - 2);
+    if (scrolls && !box.hasAttribute("tabindex")) {
+      box.tabIndex = 0;
+      box.dataset.scrolls = "";
+    } else if (!scrolls && "scrolls" in box.dataset) {
+      box.removeAttribute("tabindex");
+      delete box.dataset.scrolls;
+    }
   }
   function all() {
     document.querySelectorAll("article.bd-article :is(" + wide + ")").forEach(mark);
@@ -54,7 +64,8 @@ EDGES = """
   });
 })();
 """
-"""Marks boxes that scroll sideways, for `book.css` to show at which edge there is more.
+"""Marks boxes that scroll sideways, for `book.css` to show at which edge there is more,
+and lets the Tab key reach them, so that arrow keys can scroll them.
 """
 
 ICON = re.compile(
@@ -166,6 +177,29 @@ def without_modules(page: str) -> str:
     return MODULES.sub("", page)
 
 
+def with_landmarks(page: str) -> str:
+    """The page as a screen reader should be told of it: the bar beside the text, logo
+    and all, is a landmark; the empty corner of a table is no header; the arrow that
+    unfolds a list of pages has a name; entries of the bibliography are items of a list
+    (`doc-biblioentry`, which Sphinx writes, is a deprecated role).
+    """
+    page = re.sub(
+        r'<div((?: id="[^"]*")? class="bd-sidebar-primary[^"]*")>',
+        r'<div\1 role="navigation" aria-label="Book">',
+        page,
+    )
+    page = re.sub(
+        r"<th(\s[^>]*)?>\s*(?:<p>\s*</p>)?\s*</th>",
+        lambda corner: f"<td{corner[1] or ''}></td>",
+        page,
+    )
+    page = page.replace(
+        '<summary><span class="toctree-toggle"',
+        '<summary aria-label="Its pages"><span class="toctree-toggle"',
+    )
+    return page.replace('role="doc-biblioentry"', 'role="listitem"')
+
+
 def description(page: str) -> str:
     """The first sentences of the page's text, at most about 160 characters."""
     article = BeautifulSoup(page, "html.parser").select_one("article.bd-article")
@@ -207,7 +241,8 @@ def entry_page(target: str, title: str) -> str:
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"/>'
         f"<title>{html.escape(title)}</title>"
         f'<meta http-equiv="refresh" content="0; url={target}"/></head>'
-        f'<body><p><a href="{target}">{html.escape(title)}</a></p></body></html>\n'
+        f'<body><main><h1><a href="{target}">{html.escape(title)}</a></h1></main>'
+        "</body></html>\n"
     )
 
 
@@ -225,9 +260,9 @@ def wrong_address(title: str, first: str) -> str:
         "location.pathname.slice(0, own + 1) + '\">');</script>"
         f"<title>No such page: {html.escape(title)}</title>"
         "<style>body{font:1.1rem/1.6 sans-serif;margin:15vh auto;max-width:32rem;"
-        "padding:0 1rem}</style></head><body><h1>No such page</h1>"
+        "padding:0 1rem}</style></head><body><main><h1>No such page</h1>"
         f'<p>The address may be old. <a href="{first}">Start at the first page</a>, '
-        'or <a href="search.html">search the book</a>.</p></body></html>\n'
+        'or <a href="search.html">search the book</a>.</p></main></body></html>\n'
     )
 
 
@@ -254,7 +289,8 @@ def finish(app: Sphinx, exception: Exception | None) -> None:
         page = with_icons(without_modules(before), paths)
         if path.name != "search.html":
             page = without_search_index(page)
-        page = with_head(with_sized_pictures(page, path.parent))
+        page = with_landmarks(with_sized_pictures(page, path.parent))
+        page = with_head(page)
         if page != before:
             path.write_text(page, encoding="utf8")
     first = f"{app.config.root_doc}.html"

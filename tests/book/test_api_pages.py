@@ -58,3 +58,17 @@ def test_other_pages_do_not_list_the_modules() -> None:
     page = f"<nav><li>{{}}</li></nav>{folded}"
     assert finish.without_modules(page.format(closed)) == page.format("")
     assert finish.without_modules(page.format(opened)) == page.format(opened)
+
+
+def test_what_a_screen_reader_is_told() -> None:
+    """The bar is a landmark and an empty corner no header; other headers stay."""
+    page = (
+        '<div id="bar" class="bd-sidebar-primary bd-sidebar"><img alt="logo"></div>'
+        '<table><tr><th class="head"><p></p></th><th class="head"><p>rate</p></th>'
+        '</tr></table><div class="citation" role="doc-biblioentry">A book.</div>'
+    )
+    told = finish.with_landmarks(page)
+    assert 'bd-sidebar" role="navigation" aria-label="Book"><img' in told
+    assert '<td class="head"></td><th class="head"><p>rate</p></th>' in told
+    assert 'role="listitem">A book' in told
+    assert finish.with_landmarks(told) == told
