@@ -108,13 +108,21 @@ lint: $(READY)  ## style, types, who imports whom
 	$(PY) -m mypy
 	$(VENV)/bin/lint-imports --no-logo --cache-dir _build/.import_linter_cache
 
-unit: $(READY)  ## the package's tests, twice: plain, and with the shapes in signatures checked
-	$(PY) -m pytest -n $(WORKERS) -m "not book and not site" $(PYTEST_ARGS)
-	$(PY) -m pytest -n $(WORKERS) -m "not book and not site and not repository and not bad_input and not processes" \
-	  --jaxtyping-packages=crate_core,shape_checker.check $(PYTEST_ARGS) $(if $(PYTEST_ARGS),|| [ $$? -eq 5 ])
+# Shapes and types in signatures are checked while the package's functions are tested. Tests of commands and processes,
+# of bad input (our own errors) and of the repository run as a user's code does. A choice of tests that leaves one of
+# the two runs empty is no failure.
+UNCHECKED := repository or bad_input or processes
+NONE_CHOSEN = $(if $(PYTEST_ARGS),|| [ $$? -eq 5 ])
 
+unit: $(READY)  ## the package's tests, with the shapes and types in its signatures checked
+	$(PY) -m pytest -n $(WORKERS) -m "not book and not site and ($(UNCHECKED))" $(PYTEST_ARGS) $(NONE_CHOSEN)
+	$(PY) -m pytest -n $(WORKERS) -m "not book and not site and not ($(UNCHECKED))" \
+	  --jaxtyping-packages=crate_core,shape_checker.check $(PYTEST_ARGS) $(NONE_CHOSEN)
+
+# A file's tests stay together: they share its browser pages, its environment, its JupyterLab.
 book-test: $(READY)  ## build the book with warnings as errors, then look at every page in headless Chromium
-	$(PY) -m pytest -m "book or site"
+	$(PY) -m pytest -m book
+	$(PY) -m pytest -n $(WORKERS) --dist loadfile -m site
 
 test: lint unit book-test  ## everything: style, types, unit tests, the book, its pages
 
