@@ -680,6 +680,7 @@ def work(study: Study, options: argparse.Namespace) -> int:
                 run
                 for run in queue(study, records)
                 if run.stage in options.stage
+                and run.arm in options.arms
                 and run.name not in records
                 and run.name not in active
                 and failures.get(run.name, 0) < 2
@@ -764,6 +765,14 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only", help="one run of the queue, in this process")
     parser.add_argument(
         "--stage", type=int, nargs="+", choices=(1, 2, 3), default=[1, 2, 3]
+    )
+    parser.add_argument(
+        "--arms",
+        nargs="+",
+        choices=EVERY_ARM,
+        default=list(EVERY_ARM),
+        metavar="ARM",
+        help="these alone, for now: whole comparisons sooner on a slow machine",
     )
     parser.add_argument("--workers", type=int, default=1, help="runs side by side")
     parser.add_argument("--threads", type=int, default=1, help="threads of each run")

@@ -248,6 +248,17 @@ def test_the_queue_is_worked_off_and_failures_are_tried_twice(
     assert len(stubs) == again, "what is done is not done again"
 
 
+def test_some_arms_can_be_worked_off_before_the_others(
+    tmp_path: Path, stubs: list[Stub]
+) -> None:
+    two = ["crate-all", "vit-all"]
+    assert study.work(MINIATURE, options(tmp_path, "--arms", *two)) == 0
+    # three rates and two seeds each
+    assert sorted(stub.run.arm for stub in stubs) == sorted(two * (3 + 2))
+    study.work(MINIATURE, options(tmp_path, "--stage", "1"))
+    assert {stub.run.arm for stub in stubs[10:]} == {"crate-visible", "vit-visible"}
+
+
 def test_a_pause_file_stops_runs_where_they_are(
     tmp_path: Path, stubs: list[Stub], monkeypatch: pytest.MonkeyPatch
 ) -> None:
