@@ -70,7 +70,7 @@ def relu_norm(z: torch.Tensor) -> torch.Tensor:
 
 @given(st.lists(st.integers(0, 5), min_size=2, max_size=12))
 def test_relu_of_layernorm_adds_no_nonzeros_to_nonnegative_tokens(entries):
-    """ex-layers-ln-mean: a zero stays zero, again and again; signed tokens may gain."""
+    """prp-layers-ln, part 2: a zero stays zero, for ever; signed tokens may gain."""
     assume(len(set(entries)) > 1)
     token = torch.tensor(entries, dtype=F64)
     while len(token.unique()) > 2:

@@ -108,7 +108,7 @@ def test_heun_closes_the_round_trip_faster(seed):
 @settings(deadline=None, max_examples=5)
 @given(seeds)
 def test_a_tilt_changes_the_flow_to_first_order(seed):
-    """ex-sode-tilt: order one in the tilt."""
+    """thm-sode-closed needs orthogonal subspaces: a tilt has an effect of order one."""
     z, bases = problem(seed)
     g = torch.Generator().manual_seed(seed + 1)
     nudge = torch.randn(bases.shape, generator=g, dtype=F64)
@@ -128,7 +128,7 @@ def test_a_tilt_changes_the_flow_to_first_order(seed):
 
 
 def test_the_worst_error_over_the_decoders_step():
-    """ex-sode-step: 1.41 at c' = 1/3, 0.29 at 1/2, equal ends near 0.47 with 0.24."""
+    """thm-sode-round-trip: no single step of the decoder serves all singular values."""
 
     def worst(own: float) -> tuple[float, float]:
         s = s0 = np.logspace(-4, 3, 4000)
