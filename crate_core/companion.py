@@ -170,6 +170,7 @@ _PLAYER = """<div class="crate-player" id="{id}">
   let timer = null;
   function show(i) {{
     image.src = frames[i]; output.textContent = labels[i]; slider.value = i;
+    slider.setAttribute("aria-valuetext", labels[i]);
   }}
   function stop() {{
     clearInterval(timer); timer = null; button.textContent = "\\u25B6 play";
@@ -186,6 +187,11 @@ _PLAYER = """<div class="crate-player" id="{id}">
   slider.addEventListener("input", function () {{
     stop(); show(Number(slider.value));
   }});
+  slider.setAttribute("aria-valuetext", labels[slider.value]);
+  // Jupyter listens to keys before the page does: ours move the slider
+  window.addEventListener("keydown", function (event) {{
+    if (root.contains(event.target)) event.stopPropagation();
+  }}, true);
 }})();</script></div>"""
 
 

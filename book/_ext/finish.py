@@ -200,6 +200,20 @@ def with_landmarks(page: str) -> str:
     return page.replace('role="doc-biblioentry"', 'role="listitem"')
 
 
+def with_printed_number(page: str) -> str:
+    """The page with its chapter's number in the title that paper shows in the place of
+    the page's own.
+    """
+    number = re.search(r'<h1>(<span class="section-number">[^<]*</span>)', page)
+    if number is None:
+        return page
+    return re.sub(
+        r'(<div id="jb-print-docs-body"[^>]*>\s*<h1>)(?!<span)',
+        lambda start: start[1] + number[1],
+        page,
+    )
+
+
 def description(page: str) -> str:
     """The first sentences of the page's text, at most about 160 characters."""
     article = BeautifulSoup(page, "html.parser").select_one("article.bd-article")
@@ -290,16 +304,16 @@ def finish(app: Sphinx, exception: Exception | None) -> None:
         if path.name != "search.html":
             page = without_search_index(page)
         page = with_landmarks(with_sized_pictures(page, path.parent))
-        page = with_head(page)
+        page = with_head(with_printed_number(page))
         if page != before:
             path.write_text(page, encoding="utf8")
     first = f"{app.config.root_doc}.html"
     if first != "index.html":
         (out / "index.html").write_text(
-            entry_page(first, app.config.project), encoding="utf8"
+            entry_page(first, app.config.html_title), encoding="utf8"
         )
     (out / "404.html").write_text(
-        wrong_address(app.config.project, first), encoding="utf8"
+        wrong_address(app.config.html_title, first), encoding="utf8"
     )
 
 

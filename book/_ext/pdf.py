@@ -87,6 +87,13 @@ def article(folder: Path, name: str, known: Iterable[str]) -> tuple[str, list[st
     """A page's text as it stands in the book, and the titles in it: its own first."""
     text = (folder / f"{name}.html").read_text(encoding="utf8")
     page = BeautifulSoup(text, "html.parser").select_one("article.bd-article")
+    for fold in page.select(".claim-fold"):  # of what it says, the conditions stay
+        when = fold.find("dt", string="When")
+        if when is not None:
+            conditions = when.find_next_sibling("dd").extract()
+            conditions.name = "p"
+            conditions.insert(0, "When: ")
+            fold.insert_before(conditions)
     for unwanted in page.select(LEFT_OUT):
         unwanted.decompose()
     for fold in page.select("details"):

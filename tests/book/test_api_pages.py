@@ -72,3 +72,14 @@ def test_what_a_screen_reader_is_told() -> None:
     assert '<td class="head"></td><th class="head"><p>rate</p></th>' in told
     assert 'role="listitem">A book' in told
     assert finish.with_landmarks(told) == told
+
+
+def test_paper_shows_a_chapters_number() -> None:
+    page = (
+        '<div id="jb-print-docs-body" class="onlyprint">\n<h1>Rate</h1></div>'
+        '<h1><span class="section-number">3. </span>Rate</h1>'
+    )
+    printed = finish.with_printed_number(page)
+    assert printed.count('<h1><span class="section-number">3. </span>Rate</h1>') == 2
+    assert finish.with_printed_number(printed) == printed
+    assert finish.with_printed_number("<h1>Index</h1>") == "<h1>Index</h1>"

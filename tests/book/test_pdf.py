@@ -21,6 +21,9 @@ INDEX = """<html><head><link rel="stylesheet" href="../_static/own.css?v=1"></he
 CHAPTER = """<html><head></head><body><article class="bd-article"><h1>1. First</h1>
 <div data-live-figure="f"><svg width="20" height="20"></svg></div>
 <details class="code-fold"><summary>Code</summary>x</details>
+<div class="claim"><p>It holds.</p><details class="claim-fold"><summary>Check</summary>
+<dl><dt>When</dt><dd>n &lt; 9, <em>d</em> = 2</dd><dt>Checked</dt><dd>by hand</dd></dl>
+</details></div>
 <details><summary>Proof</summary>So <a href="#eq">it is</a>,
 <a href="index.html">see</a>.</details>
 <div style="break-before: page" id="eq">far <img src="../_images/i.png" alt="i"></div>
@@ -55,6 +58,8 @@ def test_pages_become_one(site: Path) -> None:
         "Proof"
     ]
     assert not page.select("script, .code-fold, .headerlink")
+    claim = [line.get_text() for line in page.select(".claim > *")]
+    assert claim == ["It holds.", "When: n < 9, d = 2"]
 
 
 def test_without_a_browser_it_is_said(

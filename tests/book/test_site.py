@@ -54,6 +54,14 @@ def modules() -> list[str]:
     )
 
 
+@pytest.mark.parametrize("name", ["index", "404"])
+def test_pages_beside_the_book_have_its_title(name: str) -> None:
+    text = (HTML / f"{name}.html").read_text(encoding="utf8")
+    title = re.search(r"<title>(?:No such page: )?(.*?)</title>", text)
+    assert title is not None
+    assert title[1] == CONFIG["title"]
+
+
 @dataclass
 class Visit:
     """A page in the browser, and what went wrong while it loaded."""
