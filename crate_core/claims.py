@@ -267,7 +267,7 @@ def claim(
     kind: str,
     evidence: str,
     measured: Any = None,
-    holds: Predicate | Mapping[str, Predicate] | bool | None = None,
+    holds: Predicate | Mapping[str, Predicate] | None = None,
     refuses: Mapping[str, Any] | None = None,
     recorded: str | None = None,
     minor: bool = False,
@@ -287,8 +287,7 @@ def claim(
     evidence : how it is checked, and where the tolerance comes from.
     measured : what the cell found: a number, a tensor, or a mapping of several.
     holds : the predicate on it, or a mapping from parts of the sentence to predicates
-        (see ``check_claim``).  A bool is the first edition's form, which refuses
-        nothing; it goes when the last chapter is rewritten.
+        (see ``check_claim``).
     refuses : name of an alternative -> the value that it gives: the tokens unchanged, a
         term left out, untrained weights.  Where ``measured`` is a mapping, an
         alternative replaces some of its entries.
@@ -320,20 +319,15 @@ def claim(
         raise ValueError(
             f"{label}: a claim of kind {kind!r} needs its check, holds=..."
         )
-    elif isinstance(holds, Mapping) or callable(holds):
-        if measured is None:
-            raise ValueError(f"{label}: measured=... is missing")
-        check_claim(label, measured, holds, refuses)
-    elif refuses or measured is not None:
+    elif not (isinstance(holds, Mapping) or callable(holds)):
         raise ValueError(
-            f"{label}: with measured and refuses, holds must be a predicate, "
-            "lambda value: ..."
+            f"{label}: holds must be a predicate, lambda value: ..., or a mapping from "
+            f"parts of the sentence to predicates, got {holds!r}"
         )
-    elif not holds:
-        raise AssertionError(
-            f"claim {label} does not hold: {statement} (conditions: {conditions}; "
-            f"check: {evidence})"
-        )
+    elif measured is None:
+        raise ValueError(f"{label}: measured=... is missing")
+    else:
+        check_claim(label, measured, holds, refuses)
     details = {"When": [conditions], "Checked": [evidence]}
     if words := as_words(plain(measured)):
         details["Measured"] = [words]

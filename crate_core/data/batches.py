@@ -466,13 +466,3 @@ def readable_batches(
             f"first: {next(iter(unreadable.names), 'there is none')}"
         )
     unreadable.warn("were left out")
-
-
-def readable_rows(
-    source: ImageSource, size: Size, channels: int, unreadable: UnreadableCount
-) -> np.ndarray:
-    """Numbers of the pictures that can be read, each read once: for what is to fail
-    before the work.  Counts, warns and raises as :func:`readable_batches`.
-    """
-    batches = readable_batches(source, size, channels, unreadable)
-    return np.concatenate([batch.indices.numpy() for batch in batches])

@@ -231,10 +231,3 @@ def augment(
     if augmentation == "crop_flip":
         return crop_flip(picture, size, key)
     return crop_blur_solarize(picture, size, key)
-
-
-def augmented(picture: Picture, size: Size, channels: int, key: int) -> Tensor:
-    """:func:`crop_flip` as a tensor (channels, height, width) in [0, 1]."""
-    return to_tensor(crop_flip(in_mode(picture, channels), size, key), channels).clamp(
-        0, 1
-    )

@@ -17,7 +17,6 @@ from typing import (
     Any,
     Generic,
     Literal,
-    Protocol,
     TypeVar,
     overload,
 )
@@ -39,7 +38,6 @@ from crate_core.model.patches import (
 )
 from crate_core.model.saved import SavedModel
 from crate_core.shapes import (
-    AttentionWeights,
     Images,
     Patches,
     PatchMask,
@@ -88,16 +86,6 @@ class Reconstruction:
     predicted: Images
     pasted: Images
     mask: PatchMask
-
-
-class FrameLayer(Protocol):
-    """An encoder layer: maps tokens (B, n, d), and can tell its attention weights (B,
-    K, n, n).
-    """
-
-    def __call__(self, x: Tokens) -> Tokens: ...
-
-    def attention_weights(self, x: Tokens) -> AttentionWeights: ...
 
 
 Layer = TypeVar("Layer", bound=nn.Module)

@@ -20,7 +20,7 @@ from crate_core.data.named import open_data
 from crate_core.data.pictures import UnreadableImageError, formats, image_extensions
 from crate_core.data.sources import FileImages
 from crate_core.data.streamed import stream_data
-from crate_core.data.transforms import augmented, prepare
+from crate_core.data.transforms import augment, in_mode, prepare, to_tensor
 
 FILES = int(os.environ.get("CRATE_FUZZ_FILES", "400"))
 """How many picture files are damaged; tables and trees are a fiftieth and a fifth."""
@@ -90,7 +90,9 @@ def check(source: FileImages, index: int, channels: int) -> str:
         return "unreadable" if error.name == source.name(index) else "misnamed"
     for tensor in (
         prepare(picture, SIZE, channels),
-        augmented(picture, SIZE, channels, index),
+        to_tensor(
+            augment(in_mode(picture, channels), SIZE, "crop_flip", index), channels
+        ).clamp(0, 1),
     ):
         assert tensor.shape == (channels, *SIZE)
         assert torch.isfinite(tensor).all()

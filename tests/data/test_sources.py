@@ -27,7 +27,7 @@ from crate_core.data.pictures import (
     open_picture,
 )
 from crate_core.data.sources import ArrayImages, FileImages, held_out_split
-from crate_core.data.transforms import augmented, fit, in_mode, prepare, to_tensor
+from crate_core.data.transforms import augment, fit, in_mode, prepare, to_tensor
 from crate_core.evaluation.labels import class_count
 
 
@@ -393,7 +393,9 @@ def test_batches_do_not_depend_on_workers_or_global_state(tmp_path: Path) -> Non
 
 def test_augmentation_changes_with_its_key_and_only_with_it() -> None:
     source = picture(3, (40, 30))
-    one, same, other = (augmented(source, (8, 8), 3, key) for key in (1, 1, 2))
+    one, same, other = (
+        to_tensor(augment(source, (8, 8), "crop_flip", key), 3) for key in (1, 1, 2)
+    )
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
     assert one.shape == (3, 8, 8)
@@ -405,10 +407,10 @@ def test_random_crops_are_flipped_half_the_time() -> None:
     # A ramp from left to right survives any crop; its direction tells whether it was
     # flipped.
     ramp = Image.fromarray(np.tile(np.linspace(0, 255, 32).astype(np.uint8), (32, 1)))
-    falling = [
-        bool((a := augmented(ramp, (8, 8), 1, key))[0, 4, 0] > a[0, 4, -1])
-        for key in range(400)
+    shown = [
+        to_tensor(augment(ramp, (8, 8), "crop_flip", key), 1)[0] for key in range(400)
     ]
+    falling = [bool(picture[4, 0] > picture[4, -1]) for picture in shown]
     assert 160 < sum(falling) < 240  # four standard deviations
 
 

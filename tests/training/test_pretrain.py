@@ -453,26 +453,25 @@ def test_a_command_killed_from_outside_goes_on(tmp_path: Path) -> None:
     assert contents(tmp_path / "cut") == contents(tmp_path / "uncut")
 
 
-def fail_on(call: int) -> Callable[[Path], None]:
-    """A ``sync`` that finds the disk full at one of its calls."""
-    calls = [0]
+def full_after(step: int, run: Path, name: str) -> Callable[[Path], None]:
+    """A ``sync`` that finds the disk full when this file, or folder, of the checkpoint
+    that follows the one of ``step`` (0: of the first) is flushed.
+    """
 
     def sync(path: Path) -> None:
-        calls[0] += 1
-        if calls[0] == call:
+        latest = RunDirectory(run).latest()
+        if path.name == name and step == (latest.step if latest else 0):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
     return sync
 
 
-@pytest.mark.parametrize("call", [8, 11])
+@pytest.mark.parametrize("name", [runs.OPTIMIZER_FILE, ".partial"])
 def test_a_full_disk_stops_the_run_and_keeps_the_last_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uncut: Finished, call: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uncut: Finished, name: str
 ) -> None:
-    # A checkpoint syncs four files, their directory and its parent: calls 7 to 12
-    # belong to the second one.
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "sync", fail_on(call))
+        patch.setattr(runs, "sync", full_after(4, tmp_path, name))
         with pytest.raises(
             CheckpointError,
             match=r"step 8 could not.*No space left.*last good one is .*step-00000004",
@@ -491,7 +490,7 @@ def test_a_full_disk_stops_the_run_and_keeps_the_last_checkpoint(
 def test_the_first_checkpoint_that_fails_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runs, "sync", fail_on(1))
+    monkeypatch.setattr(runs, "sync", full_after(0, tmp_path, "model.safetensors"))
     with pytest.raises(CheckpointError, match="there is no earlier one"):
         train(tiny(tmp_path))
     assert RunDirectory(tmp_path).latest() is None
