@@ -123,7 +123,7 @@ def main() -> None:
     held_labels = np.arange(options.held_out) % options.classes
     config = LinearHeadConfig(
         epochs=options.epochs,
-        warmup_epochs=1.0,
+        warmup_ratio=1 / options.epochs,
         batch_size=min(16_384, max(1, options.rows // 4)),
         base_lrs=(0.1, 1.0),
     )

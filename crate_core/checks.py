@@ -6,7 +6,7 @@ Book: :ref:`ch-first-training`.
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from os import PathLike
 from typing import Any
@@ -21,6 +21,33 @@ def check_tensor(name: str, value: Any) -> None:
             f"{name} must be a torch tensor, got {type(value).__name__}; "
             "torch.as_tensor makes one"
         )
+
+
+def check_instance(
+    name: str, value: Any, kind: type | tuple[type, ...], accepted: str
+) -> None:
+    """``TypeError`` unless an argument is of a kind."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be {accepted}, got {type(value).__name__}")
+
+
+def check_count(name: str, value: Any) -> None:
+    """``ValueError`` unless an argument is an integer of at least one."""
+    if not is_count(value):
+        raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+
+
+def check_real(name: str, value: Any) -> None:
+    """``TypeError`` unless an argument is a number, or a tensor of numbers."""
+    if not isinstance(value, Tensor) and math.isnan(as_number(value)):
+        raise TypeError(f"{name} must be a number or a tensor, got {value!r}")
+
+
+def check_numbers(name: str, value: Any) -> None:
+    """``TypeError`` unless an argument is a sequence of numbers or a tensor."""
+    sequence = isinstance(value, Iterable) and not isinstance(value, str | Mapping)
+    if not sequence or any(math.isnan(as_number(item)) for item in value):
+        raise TypeError(f"{name} must be numbers or a tensor, got {value!r}")
 
 
 def is_count(value: Any) -> bool:
@@ -113,6 +140,15 @@ def check_choice(record: Any, name: str, choices: Sequence[str]) -> None:
 def check_flag(record: Any, name: str) -> None:
     """``True`` or ``False``."""
     require(record, name, isinstance(getattr(record, name), bool), "True or False")
+
+
+def check_mapping(values: Any) -> None:
+    """``TypeError`` unless a configuration's fields are given by name."""
+    if not isinstance(values, Mapping):
+        raise TypeError(
+            "the fields of a configuration are a mapping from names to values, "
+            f"got {type(values).__name__}"
+        )
 
 
 def check_text(record: Any, name: str, optional: bool = False) -> None:

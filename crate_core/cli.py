@@ -204,9 +204,7 @@ def run_prepare(arguments: Sequence[str], command: str) -> None:
 
     from crate_core.data.prepare import PrepareConfig, prepare
 
-    cores = os.cpu_count() or 1
-    given = asdict(options) | {"workers": options.workers or cores}
-    prepare(PrepareConfig(**given))
+    prepare(PrepareConfig(**asdict(options)))
 
 
 def output_file(given: str | None, checkpoint: str, name: str) -> Path:
@@ -231,8 +229,6 @@ def run_probe(arguments: Sequence[str], command: str) -> None:
     path = output_file(options.output, options.checkpoint, "probe.json")
     head = LinearHeadConfig(
         epochs=options.epochs,
-        # a ninth, as 10 of MAE's 90
-        warmup_epochs=options.epochs / 9,
         batch_size=options.head_batch_size,
         base_lrs=options.base_lrs,
         optimizer=options.optimizer,

@@ -95,7 +95,7 @@ class Reconstruct:
     """A picture of masked inputs, reconstructions and originals, as PNG."""
 
     checkpoint: str
-    """Directory of a saved model, or a Hugging Face Hub id."""
+    """Directory of a saved model, a bundled name, or a Hugging Face Hub id."""
     images: tuple[str, ...] = ()
     """Image files; brought to the model's size and channels."""
     data: str | None = None

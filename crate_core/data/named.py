@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from crate_core.checks import check_instance
 from crate_core.data.folders import counted, folder
 from crate_core.data.parts import (
     chosen_parts,
@@ -522,14 +523,17 @@ def class_numbers(
 
 
 def open_data(
-    spec: str, root: str | Path = "data", labels: bool = True, streamed: bool = False
+    spec: str | Path,
+    root: str | Path = "data",
+    labels: bool = True,
+    streamed: bool = False,
 ) -> ImageData:
     """Open ``digits``, ``folder:PATH``, ``shards:PATH``, ``torchvision:NAME`` or
     ``hf:NAME-OR-PARQUET-PATH``.
 
     Parameters
     ----------
-    spec : one of the five forms.
+    spec : one of the five forms; a ``Path`` is short for ``folder:PATH``.
     root : where torchvision datasets lie or are downloaded to.
     labels : whether the column of labels of a table is read; pretraining does not.
     streamed : hold out of a table without a held-out part the first rows, as training
@@ -548,7 +552,9 @@ def open_data(
 
     Book: :ref:`ch-first-training`.
     """
-    kind, _, location = spec.partition(":")
+    check_instance("root", root, (str, Path), "a path")
+    spec = f"folder:{spec}" if isinstance(spec, Path) else spec
+    kind, _, location = spec.partition(":") if isinstance(spec, str) else ("", "", "")
     if spec == "digits":
         return digits()
     if kind in ("folder", "shards", "torchvision", "hf") and location:
@@ -561,5 +567,5 @@ def open_data(
         )
     raise ValueError(
         f"data={spec!r}: accepted are digits, folder:PATH, shards:PATH, "
-        "torchvision:NAME, hf:NAME-OR-PARQUET-PATH"
+        "torchvision:NAME, hf:NAME-OR-PARQUET-PATH, or a Path of a folder"
     )

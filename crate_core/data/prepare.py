@@ -31,6 +31,14 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
+from crate_core.checks import (
+    check_choice,
+    check_instance,
+    check_integer,
+    check_number,
+    check_text,
+    require,
+)
 from crate_core.data.batches import MAX_UNREADABLE
 from crate_core.data.pictures import UnreadableImageError, open_picture, upright
 from crate_core.data.raw import Original, RawData, names_apart, raw_data
@@ -79,26 +87,20 @@ class PrepareConfig:
     shard_size: int = 1000
     """Pictures in a shard."""
     workers: int = 1
-    """Processes."""
+    """Processes; 0 takes all cores."""
     max_unreadable: float = MAX_UNREADABLE
     """Stop if a larger share of a part's pictures cannot be read."""
 
     def __post_init__(self) -> None:
-        for name, low, high in (
-            ("side", 1, None),
-            ("quality", 1, 100),
-            ("shard_size", 1, None),
-            ("workers", 1, None),
-            ("max_unreadable", 0, 1),
-        ):
-            value = getattr(self, name)
-            if value < low or (high is not None and value > high):
-                top = "" if high is None else f" and at most {high}"
-                raise ValueError(f"{name}={value}: at least {low}{top} is needed")
-        if self.format not in FORMATS:
-            raise ValueError(
-                f"format={self.format!r}: accepted are {', '.join(FORMATS)}"
-            )
+        for name in ("source", "output_dir"):
+            check_text(self, name)
+        check_text(self, "labels", optional=True)
+        for name in ("side", "quality", "shard_size"):
+            check_integer(self, name, least=1)
+        require(self, "quality", self.quality <= 100, "an integer from 1 to 100")
+        check_integer(self, "workers")
+        check_number(self, "max_unreadable", "a share in [0, 1]", 0, 1, "[]")
+        check_choice(self, "format", FORMATS)
 
 
 @dataclass(frozen=True)
@@ -394,6 +396,7 @@ def prepare(
 
     Book: :ref:`ch-pretraining`.
     """
+    check_instance("config", config, PrepareConfig, "a PrepareConfig")
     raw = raw_data(config.source, config.labels)
     for line in understood_raw(raw, config.source):
         report(line)
@@ -448,14 +451,15 @@ def run_tasks(
     tasks: Sequence[Task], config: PrepareConfig, root: Path
 ) -> Iterator[tuple[Task, dict[str, Any]]]:
     """Tasks with their records as they are done, by ``workers`` processes."""
-    if config.workers == 1:
+    workers = config.workers or os.cpu_count() or 1
+    if workers == 1:
         for task in tasks:
             yield task, run_task(task, config, root)
         return
     # an interrupt is the main process's business
     quiet = (signal.SIGINT, signal.SIG_IGN)
     with ProcessPoolExecutor(
-        config.workers, initializer=signal.signal, initargs=quiet
+        workers, initializer=signal.signal, initargs=quiet
     ) as pool:
         futures = {pool.submit(run_task, task, config, root): task for task in tasks}
         try:

@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -166,6 +167,15 @@ class ImageData:
     left_out: tuple[str, ...] = ()
     columns: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+
+
+def data_identity(data: ImageData) -> dict[str, Any]:
+    """What of the data decides a run: how many pictures there are to train on, and the
+    names of some of them.
+    """
+    count = len(data.train)
+    names = [Path(data.train.name(i)).name for i in sorted({0, count // 2, count - 1})]
+    return {"training pictures": count, "first, middle and last picture": names}
 
 
 def held_out_split(

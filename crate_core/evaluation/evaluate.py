@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 
+from crate_core.checks import check_instance, is_count
 from crate_core.data.batches import some_batches
 from crate_core.data.named import open_data
-from crate_core.data.sources import ImageData
+from crate_core.data.sources import ImageData, data_identity
 from crate_core.data.understood import readable, understood, with_labels
 from crate_core.evaluation.finetune import finetune_seeds
 from crate_core.evaluation.finetune_recipe import FinetuneConfig
@@ -33,7 +34,6 @@ from crate_core.evaluation.probe import (
 from crate_core.model.autoencoder import MaskedAutoencoder
 from crate_core.model.build import load_model, pick_device
 from crate_core.records import RUN_FILE, device_name, provenance, write_json
-from crate_core.training.pretrain import data_identity
 from crate_core.training.yardsticks import mean_picture, reconstruction_by_ratio
 
 EVALUATION_FILE = "evaluation.json"
@@ -165,8 +165,10 @@ def evaluate(
 
     Book: :ref:`ch-evaluation`.
     """
-    if seeds < 1:
-        raise ValueError(f"seeds={seeds}: at least 1 is needed")
+    if not is_count(seeds):
+        raise ValueError(f"seeds={seeds!r}: at least 1 is needed")
+    if fine_tuning is not None:
+        check_instance("fine_tuning", fine_tuning, FinetuneConfig, "a FinetuneConfig")
     device = pick_device(device)
     model = load_model(checkpoint).to(device)
     spec, opened = open_for(checkpoint, data)

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torchvision.transforms import Compose, RandomCrop, RandomHorizontalFlip
 from torchvision.transforms.functional import normalize, to_pil_image
 
+from crate_core.checks import check_instance
 from crate_core.data.batches import (
     MAX_UNREADABLE,
     Batch,
@@ -43,7 +44,12 @@ from crate_core.data.batches import (
 from crate_core.data.named import open_data
 from crate_core.data.pictures import Picture
 from crate_core.data.shards import order_of
-from crate_core.data.sources import ImageData, ImageSource, SelectedImages
+from crate_core.data.sources import (
+    ImageData,
+    ImageSource,
+    SelectedImages,
+    data_identity,
+)
 from crate_core.data.transforms import fit, in_mode, to_tensor
 from crate_core.data.understood import understood, with_labels
 from crate_core.evaluation.finetune_recipe import FinetuneConfig
@@ -62,7 +68,7 @@ from crate_core.training.devices import (
     gradient_sync,
     make_accelerator,
 )
-from crate_core.training.loop import Loop, data_identity, relative_directory
+from crate_core.training.loop import Loop, relative_directory
 from crate_core.training.progress import Progress
 from crate_core.training.recipe import Schedule
 from crate_core.training.run_directory import SUMMARY_FILE, RunDirectory
@@ -559,6 +565,7 @@ def finetune(
 
     Book: :ref:`ch-evaluation`.
     """
+    check_instance("config", config, FinetuneConfig, "a FinetuneConfig")
     accelerator = make_accelerator(config)
     main = accelerator.is_main_process
 
@@ -619,6 +626,7 @@ def finetune_seeds(
     """:func:`finetune` once for each of ``config.seeds`` seeds, with mean and standard
     deviation of the accuracies at the end if there are several.
     """
+    check_instance("config", config, FinetuneConfig, "a FinetuneConfig")
     if config.seeds == 1:
         return [finetune(config, progress, report, command, model=model, data=data)]
     results = []

@@ -15,7 +15,16 @@ import torch.nn.functional as F
 from timm.optim import Lars
 from torch import Tensor, nn
 
+from crate_core.checks import (
+    check_choice,
+    check_integer,
+    check_number,
+    is_number,
+    require,
+    store,
+)
 from crate_core.keys import Stream, random_generator
+from crate_core.training.recipe import warmup_cosine
 
 
 @dataclass(frozen=True)
@@ -28,7 +37,8 @@ class LinearHeadConfig:
     """
 
     epochs: int = 90
-    warmup_epochs: float = 10.0
+    warmup_ratio: float = 1 / 9
+    """Share of the epochs in which the learning rate rises linearly from zero."""
     batch_size: int = 16_384
     base_lrs: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0)
     """Learning rates for 256 pictures, of which the validation split chooses."""
@@ -40,29 +50,23 @@ class LinearHeadConfig:
     """Training pictures that validate are this share, at most this many."""
 
     def __post_init__(self) -> None:
-        positive = ("epochs", "batch_size", "most_validating")
-        for name in positive:
-            if not getattr(self, name) >= 1:
-                raise ValueError(f"{name}={getattr(self, name)}: at least 1 is needed")
-        if not 0 <= self.warmup_epochs < self.epochs:
-            raise ValueError(
-                f"warmup_epochs={self.warmup_epochs}: accepted is 0 to less than "
-                f"epochs={self.epochs}"
-            )
-        if not self.base_lrs or not all(lr > 0 for lr in self.base_lrs):
-            raise ValueError(f"base_lrs={self.base_lrs}: positive ones are needed")
-        if self.optimizer not in ("lars", "sgd"):
-            raise ValueError(f"optimizer={self.optimizer!r}: accepted are lars, sgd")
-        if not 0 < self.validation_share < 1:
-            raise ValueError(
-                f"validation_share={self.validation_share}: accepted is above "
-                "0, below 1"
-            )
-        if not 0 <= self.momentum < 1 or self.weight_decay < 0:
-            raise ValueError(
-                f"momentum={self.momentum}, weight_decay={self.weight_decay}: accepted "
-                "are 0 to less than 1, and 0 or more"
-            )
+        for name in ("epochs", "batch_size", "most_validating"):
+            check_integer(self, name, least=1)
+        check_number(self, "warmup_ratio", "a share in [0, 1)", 0, 1, "[)")
+        rates = self.base_lrs
+        some = isinstance(rates, list | tuple) and len(rates) > 0
+        positive = some and all(is_number(lr, 0, math.inf, "()") for lr in rates)
+        require(self, "base_lrs", positive, "positive numbers, at least one")
+        store(self, "base_lrs", tuple(rates))
+        check_choice(self, "optimizer", ("lars", "sgd"))
+        check_number(self, "validation_share", "a share in (0, 1)", 0, 1, "()")
+        check_number(self, "momentum", "a number in [0, 1)", 0, 1, "[)")
+        check_number(self, "weight_decay", "zero or a positive number", ends="[]")
+
+    @property
+    def warmup_epochs(self) -> float:
+        """Epochs of warm-up, ``warmup_ratio * epochs``."""
+        return self.warmup_ratio * self.epochs
 
 
 class LinearHead(nn.Module):
@@ -142,7 +146,9 @@ def train_head(
         for step, chosen in enumerate(drawn):
             now = epoch + step / steps
             for group in optimizer.param_groups:
-                group["lr"] = peak * schedule(now, config)
+                group["lr"] = warmup_cosine(
+                    now, peak, config.warmup_epochs, config.epochs
+                )
             x = on_device(features, chosen, device)
             y = torch.from_numpy(labels[chosen]).to(device)
             loss = F.cross_entropy(head(x), y)
@@ -150,16 +156,6 @@ def train_head(
             loss.backward()
             optimizer.step()
     return head.eval()
-
-
-def schedule(epoch: float, config: LinearHeadConfig) -> float:
-    """The learning rate at a point of the run, as a share of the highest: a line up to
-    one, then half a cosine down to zero.
-    """
-    if epoch < config.warmup_epochs:
-        return epoch / config.warmup_epochs
-    left = (epoch - config.warmup_epochs) / (config.epochs - config.warmup_epochs)
-    return 0.5 * (1 + math.cos(math.pi * left))
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 from accelerate import PartialState
 
+from crate_core.checks import check_instance, is_count
 from crate_core.data.batches import MAX_UNREADABLE
 from crate_core.data.understood import understood, with_labels
 from crate_core.evaluation.evaluate import open_for
@@ -102,8 +103,9 @@ def probe_checkpoint(
         )
     if unknown := [name for name in features if name not in FEATURES] or not features:
         raise ValueError(f"features={unknown}: accepted are {', '.join(FEATURES)}")
-    if seeds < 1:
-        raise ValueError(f"seeds={seeds}: at least 1 is needed")
+    if not is_count(seeds):
+        raise ValueError(f"seeds={seeds!r}: at least 1 is needed")
+    check_instance("head", head, LinearHeadConfig, "a LinearHeadConfig")
     processes = PartialState(cpu=processes_on_cpu(device))
     place = (
         pick_device(device) if processes.num_processes == 1 else str(processes.device)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
+from crate_core.checks import is_count
 from crate_core.data.batches import (
     MAX_UNREADABLE,
     UnreadableCount,
@@ -34,7 +35,7 @@ from crate_core.inspection.sections import (
     readout_sections,
 )
 from crate_core.model.autoencoder import MaskedAutoencoder
-from crate_core.model.build import fresh_model
+from crate_core.model.build import fresh_model, load_model
 from crate_core.model.config import FrameConfig
 from crate_core.records import atomic_write, device_name, printable, provenance
 from crate_core.shapes import Images
@@ -186,7 +187,7 @@ def named_pictures(
 
 
 def inspect_checkpoint(
-    model: MaskedAutoencoder,
+    model: str | Path | MaskedAutoencoder,
     name: str,
     files: Sequence[str] = (),
     data: str | None = None,
@@ -200,6 +201,7 @@ def inspect_checkpoint(
     """What ``crate inspect`` writes: :func:`inspection_report` on files, on held-out
     pictures of ``data``, or on pictures that are shipped; ``report`` gets what was
     understood of the data, and where the pictures come from, before the work.
+    ``model`` is what :func:`crate_core.model.build.load_model` takes.
 
     Raises
     ------
@@ -210,8 +212,9 @@ def inspect_checkpoint(
         than ``max_unreadable`` proves unreadable, or a number is out of range.
     """
     for field, value in (("count", count), ("seeds", seeds)):
-        if value < 1:
-            raise ValueError(f"{field}={value}: at least 1 is needed")
+        if not is_count(value):
+            raise ValueError(f"{field}={value!r}: at least 1 is needed")
+    model = load_model(model)
     if files:
         missing = [file for file in files if not Path(file).is_file()]
         if missing:

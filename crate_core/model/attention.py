@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from crate_core.checks import is_count
+from crate_core.checks import check_real, check_tensor, is_count
 from crate_core.model.kernels import ShortSharedAttention
 from crate_core.shapes import AttentionWeights, Bases, Heads, Tokens
 from crate_core.theory.rate import (
@@ -17,6 +17,16 @@ from crate_core.theory.rate import (
     subspace_beta,
     subspace_coding_rate_grad,
 )
+
+
+def check_heads(v: Heads, scale: float) -> None:
+    """Raise ``TypeError`` or ``ValueError`` unless v are coordinates (..., K, n, p),
+    and the scale is a number.
+    """
+    check_tensor("v", v)
+    if v.ndim < 3:
+        raise ValueError(f"v must be (..., K, n, p), got {tuple(v.shape)}")
+    check_real("scale", scale)
 
 
 def attention_weights(v: Heads, scale: float) -> AttentionWeights:
@@ -39,6 +49,7 @@ def attention_weights(v: Heads, scale: float) -> AttentionWeights:
 
     Book: :ref:`ch-attention`, :eq:`eq-attention-mssa`.
     """
+    check_heads(v, scale)
     return torch.softmax(scale * (v @ v.mT), dim=-1)
 
 
@@ -72,8 +83,11 @@ def attend(v: Heads, scale: float, values: Heads | None = None) -> Heads:
 
     Book: :ref:`ch-attention`, :prf:ref:`thm-attention-gate`.
     """
+    check_heads(v, scale)
     # the kernels that store no weights take one batch axis
     flat = v.reshape(math.prod(v.shape[:-3]), *v.shape[-3:])
+    if values is not None:
+        check_tensor("values", values)
     averaged = flat if values is None else values.reshape(flat.shape)
     short = (
         v.shape[-2] <= SHORT_ATTENTION
@@ -212,6 +226,7 @@ def mssa_step(
 
     Book: :ref:`ch-attention`, :eq:`eq-attention-exact`.
     """
+    check_real("kappa", kappa)
     attended = (
         exact_mssa(z, bases, eps) if exact else mssa(z, bases, scale=scale, eps=eps)
     )

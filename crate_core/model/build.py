@@ -9,13 +9,13 @@ from typing import Any, cast
 
 import torch
 
+from crate_core.checks import check_mapping
 from crate_core.keys import random_key
 from crate_core.model.autoencoder import MaskedAutoencoder
 from crate_core.model.config import (
     CLASSIFIER,
     CrateMAEConfig,
     FrameConfig,
-    check_mapping,
     config_from_dict,
 )
 from crate_core.model.crate import CrateMAE

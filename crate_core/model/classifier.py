@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from crate_core.checks import check_choice, is_count, require, store
+from crate_core.checks import check_choice, check_mapping, is_count, require, store
 from crate_core.model.autoencoder import MaskedAutoencoder
 from crate_core.model.build import build_model
 from crate_core.model.config import (
@@ -19,7 +19,6 @@ from crate_core.model.config import (
     CrateMAEConfig,
     ModelConfig,
     ViTMAEConfig,
-    check_mapping,
     config_from_dict,
 )
 from crate_core.model.layers import EncoderLayer

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Literal, TypeVar, get_args
 
-from crate_core.checks import as_number, check_flag, is_count
+from crate_core.checks import as_number, check_flag, check_mapping, is_count
 from crate_core.model.patches import patch_grid
 from crate_core.model.sparsify import check_step
 
@@ -17,15 +17,6 @@ CLASSIFIER = "classifier"
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-
-
-def check_mapping(values: Any) -> None:
-    """``TypeError`` unless a configuration's fields are given by name."""
-    if not isinstance(values, Mapping):
-        raise TypeError(
-            "the fields of a configuration are a mapping from names to values, "
-            f"got {type(values).__name__}"
-        )
 
 
 Norm = Literal["layer", "rms", "none"]

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import (
     sdpa_flop_count,
 )
 
+from crate_core.checks import as_number, check_count, check_instance
 from crate_core.model.config import CrateMAEConfig
 
 OperationCounts = dict[str, int]
@@ -74,11 +75,17 @@ def operation_counter() -> FlopCounterMode:
     )
 
 
+def check_config(config: CrateMAEConfig) -> None:
+    """Raise ``TypeError`` unless it is a :class:`CrateMAEConfig`."""
+    check_instance("config", config, CrateMAEConfig, "a CrateMAEConfig")
+
+
 def require_published(config: CrateMAEConfig) -> None:
     """Raise ``ValueError`` for ablations that change a layer's products.
 
     Book: :ref:`ch-cost`.
     """
+    check_config(config)
     if config.expansion != 1 or config.separate_values:
         raise ValueError(
             "costs are counted for the published layers: expansion=1, "
@@ -92,6 +99,11 @@ def token_counts(
     """Tokens in the encoder and in the decoder, the class token included, for images of
     so many ``patches``.
     """
+    check_config(config)
+    if patches is not None:
+        check_count("patches", patches)
+    if not 0 <= as_number(mask_ratio) <= 1:
+        raise ValueError(f"mask_ratio must be in [0, 1], got {mask_ratio!r}")
     length = config.grid[0] * config.grid[1] if patches is None else patches
     return 1 + (
         int(length * (1 - mask_ratio)) if config.encode_visible_only else length
@@ -137,6 +149,7 @@ def operations(
     Book: :ref:`ch-cost`, :eq:`eq-cost-layer`.
     """
     require_published(config)
+    check_count("batch", batch)
     encoded, decoded = (batch * n for n in token_counts(config, patches, mask_ratio))
     d, pixels = config.dim, config.patch_size**2 * config.channels
     square = 2 * d * d
@@ -153,14 +166,24 @@ def operations(
         "densify": square * decoded * config.decoder_layers,
         "prediction": 2 * decoded * pixels * d,
     }
+    return _step_cost(forward, square * d * config.depth if fused else None)
+
+
+def _step_cost(forward: dict[str, int], matrices: int | None) -> StepCost:
+    """A step from its forward operations by part, see :func:`operations`.
+
+    ``matrices`` are the operations of M of ISTA in all layers; ``None`` for the form
+    that has no M and stores the attention weights.
+    """
     backward = {
         part: (1 if part == "embedding" else 2) * count
         for part, count in forward.items()
     }
-    recomputed = forward["attention"] // 2 if fused else 0
+    recomputed = 0 if matrices is None else forward["attention"] // 2
     backward["attention"] += recomputed
-    if fused:
-        forward["M of ISTA"] = backward["M of ISTA"] = square * d * config.depth
+    if matrices is not None:
+        forward = {**forward, "M of ISTA": matrices}
+        backward["M of ISTA"] = matrices
     return StepCost(forward, backward, recomputed)
 
 
@@ -185,6 +208,8 @@ def classifier_operations(config: CrateMAEConfig, batch: int, classes: int) -> S
     Book: :ref:`ch-evaluation`.
     """
     require_published(config)
+    check_count("batch", batch)
+    check_count("classes", classes)
     patches, d = math.prod(config.grid), config.dim
     tokens, square = batch * (1 + patches), 2 * d * d
     pixels = config.patch_size**2 * config.channels
@@ -195,14 +220,7 @@ def classifier_operations(config: CrateMAEConfig, batch: int, classes: int) -> S
         "ISTA": square * tokens * config.depth,
         "classifier": 2 * batch * d * classes,
     }
-    backward = {
-        part: (1 if part == "embedding" else 2) * count
-        for part, count in forward.items()
-    }
-    recomputed = forward["attention"] // 2
-    backward["attention"] += recomputed
-    forward["M of ISTA"] = backward["M of ISTA"] = square * d * config.depth
-    return StepCost(forward, backward, recomputed)
+    return _step_cost(forward, square * d * config.depth)
 
 
 def saved_numbers(
@@ -230,6 +248,7 @@ def saved_numbers(
     Book: :ref:`ch-cost`, :eq:`eq-cost-memory`.
     """
     require_published(config)
+    check_count("batch", batch)
     encoded, decoded = (batch * n for n in token_counts(config, patches, mask_ratio))
     token = 6 * config.dim + 4 + config.heads
     return (
@@ -286,6 +305,7 @@ def activation_bytes(config: CrateMAEConfig) -> int:
 
     Book: :ref:`ch-pretraining`.
     """
+    check_config(config)
     n, pixels = math.prod(config.grid) + 1, config.patch_size**2 * config.channels
     layers = saved_numbers(config, 2) - saved_numbers(config, 1)
     return 4 * (layers + n * (3 * config.dim + 2 * pixels))
@@ -311,8 +331,18 @@ def hours(
     utilisation : share of them that the run reaches, in (0, 1].
     gpus : how many.
 
+    Raises
+    ------
+    ValueError
+        If a number is not positive, or the utilisation above one.
+
     Book: :ref:`ch-pretraining`.
     """
+    numbers = {"pictures": pictures, "epochs": epochs, "peak": peak, "gpus": gpus}
+    for name, value in {**numbers, "utilisation": utilisation}.items():
+        most = 1 if name == "utilisation" else math.inf
+        if not 0 < as_number(value) <= most:
+            raise ValueError(f"{name} must be above 0, up to {most}, got {value!r}")
     return (
         operations(config, BATCH).needed
         / BATCH

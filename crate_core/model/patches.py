@@ -3,6 +3,7 @@ r"""Patches and back, sine-cosine positions, random masking and restoring.
 Book: :ref:`ch-crate-mae`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from crate_core.checks import as_number, check_tensor, is_count
+from crate_core.checks import as_number, check_count, check_tensor, is_count
 from crate_core.shapes import (
     HeadMaps,
     Images,
@@ -28,12 +29,19 @@ TARGET_VARIANCE_FLOOR = 1e-6
 """Added to a patch's variance before dividing by its root; the value that MAE uses."""
 
 
+def check_grid(name: str, value: tuple[int, int]) -> None:
+    """Raise ``ValueError`` unless an argument is two positive integers."""
+    pair = isinstance(value, Sequence) and len(value) == 2
+    if not pair or not all(map(is_count, value)):
+        raise ValueError(f"{name} must be two positive integers, got {value!r}")
+
+
 def patch_grid(height: int, width: int, patch_size: int) -> tuple[int, int]:
     """Number of patches down and across; ``ValueError`` unless both sides are positive
     multiples of the patch.
     """
     if (
-        not is_count(patch_size)
+        not all(map(is_count, (height, width, patch_size)))
         or height < patch_size
         or width < patch_size
         or height % patch_size
@@ -41,7 +49,7 @@ def patch_grid(height: int, width: int, patch_size: int) -> tuple[int, int]:
     ):
         raise ValueError(
             "image height and width must be multiples of the patch size "
-            f"{patch_size!r}, got {height}x{width}"
+            f"{patch_size!r}, got {height!r}x{width!r}"
         )
     return height // patch_size, width // patch_size
 
@@ -78,6 +86,9 @@ def unpatchify(patches: Patches, patch_size: int, grid: tuple[int, int]) -> Imag
 
     Book: :ref:`ch-crate-mae`.
     """
+    check_tensor("patches", patches)
+    check_grid("grid", grid)
+    check_count("patch_size", patch_size)
     rows, columns = grid
     if patches.shape[-2] != rows * columns or patches.shape[-1] % patch_size**2:
         raise ValueError(
@@ -102,6 +113,8 @@ def upsample(maps: HeadMaps, size: tuple[int, int], smooth: bool = False) -> Pix
     ``smooth`` interpolates linearly between patch centres, which looks better and says
     no more.  Book: :ref:`ch-tokens-heads`.
     """
+    check_tensor("maps", maps)
+    check_grid("size", size)
     if not smooth:
         return F.interpolate(maps, size=size, mode="nearest")
     return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
@@ -124,6 +137,7 @@ def normalize_patches(patches: Patches) -> NormalizedPatches:
 
     Book: :ref:`ch-crate-mae`.  MAE's ``norm_pix_loss`` targets.
     """
+    check_tensor("patches", patches)
     mean = patches.mean(dim=-1, keepdim=True)
     std = (patches.var(dim=-1, keepdim=True) + TARGET_VARIANCE_FLOOR).sqrt()
     return NormalizedPatches((patches - mean) / std, mean, std)
@@ -151,10 +165,13 @@ def sincos_positions(
 
     Book: :ref:`ch-crate-mae`.  At the reference grid, the table of MAE.
     """
-    if dim < 4 or dim % 4:
+    check_grid("grid", grid)
+    if reference_grid is not None:
+        check_grid("reference_grid", reference_grid)
+    if not is_count(dim) or dim % 4:
         raise ValueError(
             "dim must be a positive multiple of four for 2-D sine-cosine positions, "
-            f"got {dim}"
+            f"got {dim!r}"
         )
     rows, columns = grid
     reference_rows, reference_columns = reference_grid or grid
@@ -221,6 +238,8 @@ def random_masking(noise: PatchNoise, mask_ratio: float) -> Masking:
 
 def gather_tokens(tokens: Tokens, ids: PatchIndex) -> TokenSubset:
     """Select tokens by index per image, (B, L, d) and (B, m) to (B, m, d)."""
+    check_tensor("tokens", tokens)
+    check_tensor("ids", ids)
     return torch.take_along_dim(tokens, ids[..., None], dim=-2)
 
 
@@ -232,6 +251,9 @@ def restore_tokens(
 
     Book: :ref:`ch-crate-mae`.
     """
+    check_tensor("visible", visible)
+    check_tensor("mask_token", mask_token)
+    check_tensor("ids_restore", ids_restore)
     removed = ids_restore.shape[-1] - visible.shape[-2]
     filler = mask_token.to(visible.dtype).expand(visible.shape[0], removed, -1)
     return gather_tokens(torch.cat([visible, filler], dim=-2), ids_restore)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from crate_core.checks import as_number, check_tensor
+from crate_core.checks import as_number, check_real, check_tensor
 from crate_core.model.kernels import ISTAMatrix
 from crate_core.shapes import Codes, Dictionary, Scalars, Tokens
 
@@ -150,6 +150,8 @@ def ista_matrix(dictionary: Dictionary, eta: float) -> Dictionary:
     Book: :ref:`ch-ista`, :eq:`eq-ista-fused`.  Its gradient is that of
     :class:`~crate_core.model.kernels.ISTAMatrix`.
     """
+    check_tensor("dictionary", dictionary)
+    check_real("eta", eta)
     return ISTAMatrix.apply(dictionary, eta)
 
 

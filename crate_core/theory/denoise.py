@@ -7,6 +7,7 @@ Book: :ref:`ch-denoising`.
 import torch
 from torch import Tensor
 
+from crate_core.checks import as_number, check_real, check_tensor
 from crate_core.shapes import Bases, SubspaceIndex, TokenVectors
 from crate_core.theory.mixture import check_orthonormal
 
@@ -19,8 +20,9 @@ def add_noise(
 
     Raises ``ValueError`` if sigma < 0.  Book: :ref:`ch-denoising`.
     """
-    if not sigma >= 0:
-        raise ValueError(f"sigma must be >= 0, got {sigma}")
+    check_tensor("x", x)
+    if not as_number(sigma) >= 0:
+        raise ValueError(f"sigma must be >= 0, got {sigma!r}")
     return x + sigma * torch.randn(
         x.shape, generator=generator, dtype=x.dtype, device=x.device
     )
@@ -46,6 +48,9 @@ def tweedie(
 
     Book: :ref:`ch-denoising`.
     """
+    check_tensor("z", z)
+    check_tensor("score", score)
+    check_real("sigma", sigma)
     if score.shape != z.shape:
         raise ValueError(
             f"the score must have the shape of z, {tuple(z.shape)}, got "
@@ -72,6 +77,8 @@ def project(z: TokenVectors, basis: Tensor) -> TokenVectors:
 
     Book: :ref:`ch-denoising`.
     """
+    check_tensor("z", z)
+    check_tensor("basis", basis)
     if basis.ndim < 2 or basis.shape[-2] != z.shape[-1]:
         raise ValueError(
             f"basis must be (..., {z.shape[-1]}, p) for tokens {tuple(z.shape)}, got "
@@ -89,6 +96,7 @@ def nearest_subspace(z: TokenVectors, bases: Bases) -> SubspaceIndex:
     Raises ``ValueError`` if the bases are not orthonormal or do not fit.  Book:
     :ref:`ch-denoising`.
     """
+    check_tensor("z", z)
     check_orthonormal(bases)
     if bases.shape[1] != z.shape[-1]:
         raise ValueError(
@@ -129,6 +137,9 @@ def noise_left(
 
     Book: :ref:`ch-denoising`.
     """
+    check_tensor("estimate", estimate)
+    check_tensor("noisy", noisy)
+    check_tensor("clean", clean)
     if not (estimate.shape == noisy.shape == clean.shape):
         raise ValueError(
             f"shapes must agree, got {tuple(estimate.shape)}, {tuple(noisy.shape)} "

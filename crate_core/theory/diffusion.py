@@ -15,9 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from crate_core.checks import as_number
+from crate_core.checks import (
+    as_number,
+    check_count,
+    check_instance,
+    check_numbers,
+    check_tensor,
+    is_count,
+)
 from crate_core.shapes import Bases, Tokens, TokenVectors
-from crate_core.theory.integrators import Field, integrate
+from crate_core.theory.integrators import Field, check_method, integrate
 from crate_core.theory.mixture import (
     LowRankGaussianMixture,
     check_orthogonal_subspaces,
@@ -29,6 +36,13 @@ from crate_core.theory.rate import (
     subspace_beta,
     subspace_coding_rate_grad,
 )
+
+
+def check_mixture(mixture: LowRankGaussianMixture) -> None:
+    """Raise ``TypeError`` unless it is a :class:`LowRankGaussianMixture`."""
+    accepted = "a LowRankGaussianMixture"
+    check_instance("mixture", mixture, LowRankGaussianMixture, accepted)
+
 
 # Forward noising and its reversals: the clock is the noise level sigma, per coordinate.
 
@@ -42,13 +56,13 @@ def noise_levels(sigma_from: float, sigma_to: float, steps: int) -> Tensor:
     Raises ``ValueError`` unless both levels are positive and different, and steps >= 1.
     Book: :ref:`ch-diffusion`.
     """
-    if not (sigma_from > 0 and sigma_to > 0) or sigma_from == sigma_to:
+    positive = as_number(sigma_from) > 0 and as_number(sigma_to) > 0
+    if not positive or sigma_from == sigma_to:
         raise ValueError(
-            f"noise levels must be positive and different, got {sigma_from} and "
-            f"{sigma_to}"
+            f"noise levels must be positive and different, got {sigma_from!r} and "
+            f"{sigma_to!r}"
         )
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
+    check_count("steps", steps)
     levels = torch.logspace(
         math.log10(sigma_from), math.log10(sigma_to), steps + 1, dtype=torch.float64
     )
@@ -83,6 +97,8 @@ def forward_noising(
     Raises ``ValueError`` if the levels are negative or decrease.  Book:
     :ref:`ch-diffusion`.
     """
+    check_tensor("x", x)
+    check_numbers("sigmas", sigmas)
     variances = torch.as_tensor(sigmas, dtype=x.dtype, device=x.device) ** 2
     increments = torch.diff(variances, prepend=variances.new_zeros(1))
     if bool((torch.as_tensor(sigmas) < 0).any()) or bool((increments < 0).any()):
@@ -104,6 +120,7 @@ def probability_flow_field(mixture: LowRankGaussianMixture) -> Field:
     For :func:`crate_core.theory.integrators.integrate` over noise levels, downwards
     from noise to samples. Book: :ref:`ch-diffusion`.
     """
+    check_mixture(mixture)
     return lambda sigma, z: -sigma * mixture.score(z, sigma)
 
 
@@ -179,10 +196,12 @@ def reverse_sde(
     Raises ``ValueError`` if the levels are not positive and decreasing, or steps < 1.
     Book: :ref:`ch-diffusion`.
     """
-    if sigma_to >= sigma_from:
+    check_mixture(mixture)
+    check_tensor("z", z)
+    if not as_number(sigma_to) < as_number(sigma_from):
         raise ValueError(
             "the reverse SDE goes down in noise: need sigma_to < sigma_from, got "
-            f"{sigma_from} to {sigma_to}"
+            f"{sigma_from!r} to {sigma_to!r}"
         )
     levels = noise_levels(sigma_from, sigma_to, steps).tolist()
     for high, low in pairwise(levels):
@@ -201,6 +220,8 @@ def structured_field(bases: Bases, eps: float) -> Field:
     For any bases; tokens (..., n, d) move together as one set of n.  Book:
     :ref:`ch-structured-ode`.
     """
+    check_tensor("bases", bases)
+    check_eps(eps)
     return lambda _t, z: -subspace_coding_rate_grad(z, bases, eps)
 
 
@@ -237,10 +258,12 @@ def structured_flow(
 
     Book: :ref:`ch-structured-ode`, :eq:`eq-sode-def`.
     """
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
+    check_count("steps", steps)
     check_bases(z, bases)
     check_eps(eps)
+    check_method(method)
+    if not math.isfinite(as_number(time)):
+        raise ValueError(f"time must be a finite number, got {time!r}")
     if time == 0:
         return z
     times = torch.linspace(0.0, time, steps + 1, dtype=torch.float64)
@@ -275,9 +298,10 @@ def flow_singular_values(singular: Tensor, beta: float, time: float) -> Tensor:
 
     Book: :ref:`ch-structured-ode`, :eq:`eq-sode-omega`, :prf:ref:`thm-sode-closed`.
     """
+    check_tensor("singular", singular)
     if not as_number(beta) > 0 or not math.isfinite(as_number(time)):
         raise ValueError(
-            f"need beta > 0 and a finite time, got beta = {beta}, time = {time}"
+            f"need beta > 0 and a finite time, got beta = {beta!r}, time = {time!r}"
         )
     if bool((singular < 0).any()):
         raise ValueError(
@@ -312,6 +336,7 @@ def flow_derivative(singular: Tensor, beta: float, time: float) -> Tensor:
     Parameters and errors as :func:`flow_singular_values`, with ``singular`` positive.
     Book: :ref:`ch-structured-ode`.
     """
+    check_tensor("singular", singular)
     if not bool((singular > 0).all()):
         raise ValueError(
             f"singular values must be positive, the smallest is {float(singular.min())}"
@@ -388,9 +413,9 @@ def invert_euler(
     Book: :ref:`ch-structured-ode`.
     """
     check_bases(z, bases)
-    if steps < 1 or not time > 0:
+    if not is_count(steps) or not as_number(time) > 0:
         raise ValueError(
-            f"need time > 0 and steps >= 1, got time = {time}, steps = {steps}"
+            f"need time > 0 and steps >= 1, got time = {time!r}, steps = {steps!r}"
         )
     kappa = time / steps
     overlap = float(torch.linalg.matrix_norm((bases @ bases.mT).sum(0), ord=2))
@@ -420,8 +445,8 @@ def round_trip_bound(c: float, steps: int) -> float:
     ``ValueError`` unless 0 <= c < 1 and steps >= 1.  Book: :ref:`ch-structured-ode`,
     :eq:`eq-sode-round-trip-norm`, :prf:ref:`thm-sode-round-trip`.
     """
-    if not 0 <= c < 1 or steps < 1:
+    if not 0 <= as_number(c) < 1 or not is_count(steps):
         raise ValueError(
-            f"need 0 <= c < 1 and steps >= 1, got c = {c}, steps = {steps}"
+            f"need 0 <= c < 1 and steps >= 1, got c = {c!r}, steps = {steps!r}"
         )
     return math.expm1(-steps * math.log1p(-(c**2)))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from crate_core.checks import as_number, check_tensor, is_count
 from crate_core.shapes import TokenMatrix
 from crate_core.theory.mixture import LowRankGaussianMixture
 
@@ -123,18 +124,20 @@ def fit_mixture(
 
     Book: :ref:`ch-mixture`.
     """
+    check_tensor("tokens", z)
     if z.ndim != 2 or not bool(z.isfinite().all()):
         raise ValueError(
             f"tokens must be finite, of shape (n, d), got shape {tuple(z.shape)}"
         )
-    if sigma is not None and not sigma > 0:
-        raise ValueError(f"sigma must be > 0, got {sigma}")
+    if sigma is not None and not as_number(sigma) > 0:
+        raise ValueError(f"sigma must be > 0, got {sigma!r}")
     n, d = z.shape
-    if not (1 <= components <= n and 1 <= rank < d and iterations >= 1):
+    counts = all(map(is_count, (components, rank, iterations)))
+    if not (counts and components <= n and rank < d):
         raise ValueError(
             "need 1 <= components <= n, 1 <= rank < d and iterations >= 1, got "
-            f"components={components}, rank={rank}, "
-            f"iterations={iterations} for n={n}, d={d}"
+            f"components={components!r}, rank={rank!r}, "
+            f"iterations={iterations!r} for n={n}, d={d}"
         )
     starts = z[
         torch.randperm(

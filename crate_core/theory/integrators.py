@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from crate_core.checks import check_instance, check_numbers, check_tensor
+
 Field = Callable[[float, Tensor], Tensor]
 """Right-hand side of an ODE, ``field(t, z) = dz/dt``, with the shape of z."""
 
@@ -69,6 +71,12 @@ def _dop853(field: Field, z: Tensor, times: list[float]) -> Tensor:
     return torch.from_numpy(solution.y.T.copy()).reshape(len(times), *z.shape).to(z)
 
 
+def check_method(method: str) -> None:
+    """Raise ``ValueError`` unless a method of :func:`integrate` has this name."""
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {METHODS}, got {method!r}")
+
+
 def integrate(
     field: Field, z: Tensor, times: Sequence[float] | Tensor, method: str = "euler"
 ) -> Tensor:
@@ -98,8 +106,10 @@ def integrate(
 
     Book: :ref:`ch-diffusion`.
     """
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {METHODS}, got {method!r}")
+    check_method(method)
+    check_tensor("z", z)
+    check_instance("field", field, Callable, "a function of t and z")
+    check_numbers("times", times)
     times = [float(t) for t in times]
     steps = [after - before for before, after in pairwise(times)]
     if not steps or not (all(h > 0 for h in steps) or all(h < 0 for h in steps)):

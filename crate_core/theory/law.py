@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from crate_core.checks import check_tensor
+from crate_core.checks import as_number, check_tensor, is_count
 from crate_core.shapes import Bases, Labels, PerToken, Tokens
 from crate_core.theory.mixture import check_orthogonal_subspaces
 from crate_core.theory.rate import (
@@ -227,6 +227,7 @@ def compression_bound_terms(
 
     Book: :ref:`ch-compression-denoising`, :prf:ref:`thm-cd-bound`.
     """
+    check_tensor("tokens", z)
     if z.ndim != 2:
         raise ValueError(
             f"the bound takes one set of tokens (n, d), got {tuple(z.shape)}"
@@ -355,12 +356,13 @@ def denoising_cosine_law(
     Book: :ref:`ch-compression-denoising`, :eq:`eq-cd-law`.
     """
     check_eps(eps)
-    if not sigma > 0:
-        raise ValueError(f"sigma must be > 0, got {sigma}")
-    if components < 2 or rank < 1 or components * rank > dim:
+    if not as_number(sigma) > 0:
+        raise ValueError(f"sigma must be > 0, got {sigma!r}")
+    counts = all(map(is_count, (dim, components, rank)))
+    if not counts or components < 2 or components * rank > dim:
         raise ValueError(
-            f"need K >= 2 and K p <= d, got dim={dim}, components={components}, "
-            f"rank={rank}"
+            f"need K >= 2 and K p <= d, got dim={dim!r}, components={components!r}, "
+            f"rank={rank!r}"
         )
     beta = subspace_beta(n, rank, eps)
     load = n / (components * rank)

@@ -25,6 +25,7 @@ def orthonormality_error(bases: Bases) -> float:
 
     Book: :ref:`ch-mixture`.
     """
+    check_tensor("bases", bases)
     gram = bases.mT @ bases
     return float(
         (gram - torch.eye(bases.shape[-1], dtype=bases.dtype, device=bases.device))

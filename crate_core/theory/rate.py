@@ -77,8 +77,11 @@ def subspace_beta(n: int, rank: int, eps: float) -> float:
     Raises ``ValueError`` if eps is not positive or n < 1.  Book: :ref:`ch-coding-rate`.
     """
     check_eps(eps)
-    if n < 1:
-        raise ValueError(f"the number of tokens must be positive, got {n}")
+    if not (as_number(n) >= 1 and as_number(rank) > 0):
+        raise ValueError(
+            f"the number of tokens and the rank must be positive, got n={n!r}, "
+            f"rank={rank!r}"
+        )
     return rank / (n * eps**2)
 
 
@@ -333,6 +336,7 @@ def class_coding_rate(z: Tokens, labels: Labels, eps: float) -> Scalars:
     Book: :ref:`ch-coding-rate`, :eq:`eq-rate-class`.  Follows :cite:t:`yu2020learning`.
     """
     check_tokens(z)
+    check_tensor("labels", labels)
     if labels.shape != z.shape[-2:-1]:
         raise ValueError(
             f"labels must be ({z.shape[-2]},), one a token, got {tuple(labels.shape)}"
@@ -403,7 +407,8 @@ def sparse_rate_reduction(z: Tokens, bases: Bases, eps: float, lambd: float) -> 
 
     Book: :ref:`ch-coding-rate`.  The objective of :cite:t:`yu2023white`.
     """
-    if not lambd >= 0:
-        raise ValueError(f"lambd must be >= 0, got {lambd}")
+    check_bases(z, bases)
+    if not as_number(lambd) >= 0:
+        raise ValueError(f"lambd must be >= 0, got {lambd!r}")
     nonzeros = torch.count_nonzero(z, dim=(-2, -1))
     return rate_reduction(z, bases, eps) - lambd * nonzeros

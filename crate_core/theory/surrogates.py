@@ -11,6 +11,7 @@ Book: :ref:`ch-mixture` and :ref:`ch-denoising`.
 import torch
 from torch import Tensor
 
+from crate_core.checks import check_count, check_tensor
 from crate_core.shapes import TokenMatrix
 
 FIXED_POINT_STEPS = 200
@@ -23,6 +24,7 @@ FIXED_POINT_DRAWS = 20_000
 
 def _second_moments(x: TokenMatrix) -> Tensor:
     r""":math:`\frac1n \sum_i x_i x_i^\top`, after a check of the shape."""
+    check_tensor("x", x)
     if x.ndim != 2 or len(x) <= x.shape[1]:
         raise ValueError(
             "a surrogate needs more vectors than dimensions, (n, d) with n > d, got "
@@ -40,6 +42,7 @@ def gaussian_surrogate(
     Raises ``ValueError`` unless x has more rows than columns.  Book:
     :ref:`ch-mixture`.
     """
+    check_count("n", n)
     factor = torch.linalg.cholesky(_second_moments(x))
     drawn = torch.randn(
         n, x.shape[1], dtype=x.dtype, device=x.device, generator=generator
@@ -60,6 +63,7 @@ def elliptical_surrogate(
     Raises ``ValueError`` unless x has more rows than columns.  Book:
     :ref:`ch-mixture`.
     """
+    check_count("n", n)
     factor = torch.linalg.cholesky(_second_moments(x))
     whitened = torch.linalg.solve_triangular(factor, x.T, upper=False)
     contrast = whitened.norm(dim=0) / x.shape[1] ** 0.5
@@ -82,6 +86,7 @@ def direction_surrogate(
 
     Book: :ref:`ch-mixture`.
     """
+    check_count("n", n)
     wanted, vectors = torch.linalg.eigh(_second_moments(x))
     if not torch.allclose(x.norm(dim=1), torch.ones_like(x[:, 0]), atol=1e-6):
         raise ValueError("directions have norm one: divide x by its norms first")

@@ -42,15 +42,6 @@ class TrainingDivergedError(ArithmeticError):
     """
 
 
-def data_identity(data: ImageData) -> dict[str, Any]:
-    """What of the data decides a run: how many pictures there are to train on, and the
-    names of some of them.
-    """
-    count = len(data.train)
-    names = [Path(data.train.name(i)).name for i in sorted({0, count // 2, count - 1})]
-    return {"training pictures": count, "first, middle and last picture": names}
-
-
 def relative_directory(start: Path) -> str:
     """The working directory as seen from ``start``: where relative names of data lie,
     wherever the tree is moved to.

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from crate_core.checks import check_instance
 from crate_core.data.batches import (
     Batch,
     StepBatches,
@@ -25,7 +26,7 @@ from crate_core.data.batches import (
 )
 from crate_core.data.named import open_data
 from crate_core.data.shards import order_of
-from crate_core.data.sources import ImageData
+from crate_core.data.sources import ImageData, data_identity
 from crate_core.data.streamed import (
     StreamedBatches,
     StreamedImages,
@@ -46,7 +47,7 @@ from crate_core.training.devices import (
     make_accelerator,
     whole_weights,
 )
-from crate_core.training.loop import Loop, data_identity, relative_directory
+from crate_core.training.loop import Loop, relative_directory
 from crate_core.training.progress import Progress
 from crate_core.training.recipe import Plan, PretrainConfig
 from crate_core.training.run_directory import (
@@ -109,6 +110,7 @@ def pretrain(
 
     Book: :ref:`ch-first-training`.
     """
+    check_instance("config", config, PretrainConfig, "a PretrainConfig")
     accelerator = make_accelerator(config)
     main = accelerator.is_main_process
 

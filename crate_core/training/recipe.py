@@ -19,6 +19,7 @@ from crate_core.checks import (
     check_choice,
     check_flag,
     check_integer,
+    check_mapping,
     check_number,
     check_text,
     require,
@@ -159,7 +160,7 @@ class TrainingConfig:
         for name, value in self.presets[self.preset].fields.items():
             if getattr(self, name) is FROM_PRESET:
                 store(self, name, value)
-        if not self.output_dir:
+        if self.output_dir == "":
             store(self, "output_dir", self.default_output.format(self.preset))
         for name in ("output_dir", "data", "data_root"):
             check_text(self, name)
@@ -215,6 +216,7 @@ class TrainingConfig:
         """The record that :meth:`to_dict` wrote, or one that leaves fields to its
         preset; ``ValueError`` names unknown fields.
         """
+        check_mapping(values)
         known = [field.name for field in fields(cls)]
         unknown = sorted(values.keys() - set(known))
         if unknown:
@@ -339,6 +341,7 @@ class PretrainConfig(TrainingConfig):
         """The record that :meth:`to_dict` wrote, or one that leaves fields to its
         preset; ``ValueError`` names unknown fields.
         """
+        check_mapping(values)
         model = values.get("model", FROM_PRESET)
         if isinstance(model, Mapping):
             values = {**values, "model": config_from_dict(model)}

@@ -185,7 +185,7 @@ def test_evaluation_asks_for_no_float64_of_a_device(
         spec,
         cache=tmp_path / "cache",
         solver="sgd",
-        head=LinearHeadConfig(epochs=1, warmup_epochs=0, batch_size=8, base_lrs=(0.1,)),
+        head=LinearHeadConfig(epochs=1, batch_size=8, base_lrs=(0.1,)),
     )
     assert found["scores"]
 
