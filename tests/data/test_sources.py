@@ -52,6 +52,16 @@ def fill(folder: Path, count: int, seed: int = 0, suffix: str = ".png") -> list[
 # -- sources and splits
 
 
+def test_a_path_is_a_folder(tmp_path: Path) -> None:
+    fill(tmp_path / "pictures", 12)
+    by_path, by_name = (
+        open_data(spec)
+        for spec in (tmp_path / "pictures", f"folder:{tmp_path / 'pictures'}")
+    )
+    assert by_path.description == by_name.description
+    assert len(by_path.train) == len(by_name.train)
+
+
 def test_digits_are_split_by_class_without_overlap() -> None:
     data, again = open_data("digits"), open_data("digits")
     assert len(data.train) + len(data.held_out) == 1797
