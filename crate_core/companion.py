@@ -27,6 +27,7 @@ from pygments.lexers import PythonLexer
 
 from crate_core.claims import Rendered
 from crate_core.claims import claim as claim
+from crate_core.data.photographs import photograph_pixels
 from crate_core.shapes import Images
 
 SUBSPACE_COLORS = [
@@ -272,11 +273,8 @@ def photo_crops(count: int, size: int, seed: int = 0) -> Images:
     Book: :ref:`ch-open-questions`.
     """
     from PIL import Image
-    from sklearn.datasets import load_sample_image
 
-    photographs = [
-        Image.fromarray(load_sample_image(name)) for name in ("china.jpg", "flower.jpg")
-    ]
+    photographs = [Image.fromarray(pixels) for pixels in photograph_pixels().values()]
     generator = np.random.default_rng(seed)
     crops = []
     for index in range(count):

@@ -10,7 +10,7 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,11 @@ def printable(text: str) -> str:
     which Python reads as surrogates, become ``\udcXX`` with a backslash.
     """
     return text.encode("utf8", "backslashreplace").decode("utf8")
+
+
+def shortened(names: Sequence[str], count: int = 5) -> str:
+    """The first ``count`` names, and an ellipsis where there are more."""
+    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
 
 
 def atomic_write(path: Path, content: bytes) -> None:

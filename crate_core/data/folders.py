@@ -34,6 +34,7 @@ from crate_core.data.parts import (
 )
 from crate_core.data.pictures import image_extensions
 from crate_core.data.sources import HELD_OUT, FileImages, ImageData, split_source
+from crate_core.records import shortened
 
 
 @dataclass
@@ -358,6 +359,7 @@ def differing_classes(classes: Mapping[str, Sequence[str]]) -> list[str]:
         if odd and not names:
             said.append(f"{part} has no class folders: its pictures have no labels")
         elif odd:
-            shown = ", ".join(odd[:5]) + (", ..." if len(odd) > 5 else "")
-            said.append(f"{part} lacks {len(odd):,} classes of {beside} ({shown})")
+            said.append(
+                f"{part} lacks {len(odd):,} classes of {beside} ({shortened(odd)})"
+            )
     return said

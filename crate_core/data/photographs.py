@@ -30,15 +30,25 @@ class StripedPatches:
     photo: Tensor
 
 
+def photograph_pixels() -> dict[str, np.ndarray]:
+    """The two photographs of scikit-learn, ``"temple"`` and ``"flower"``: (427, 640, 3)
+    uint8 each.
+    """
+    from sklearn.datasets import load_sample_image
+
+    return {
+        name: load_sample_image(file).copy()
+        for name, file in (("temple", "china.jpg"), ("flower", "flower.jpg"))
+    }
+
+
 def photographs() -> list[Tensor]:
     """The two photographs of scikit-learn, a temple and a flower, each (3, 427, 640)
     in [0, 1].  Book: :ref:`ch-tokens-heads`.
     """
-    from sklearn.datasets import load_sample_image
-
     return [
-        torch.from_numpy(load_sample_image(name).copy()).permute(2, 0, 1) / 255
-        for name in ("china.jpg", "flower.jpg")
+        torch.from_numpy(pixels).permute(2, 0, 1) / 255
+        for pixels in photograph_pixels().values()
     ]
 
 
@@ -61,7 +71,7 @@ def grey_photographs() -> dict[str, Tensor]:
     }
     grey = {
         name: photo.to(torch.float64).mean(0)
-        for name, photo in zip(("temple", "flower"), photographs(), strict=True)
+        for name, photo in zip(photograph_pixels(), photographs(), strict=True)
     }
     for name, load in names.items():
         pixels = np.asarray(load(), dtype=np.float64) / 255

@@ -44,7 +44,7 @@ from crate_core.data.pictures import UnreadableImageError, open_picture, upright
 from crate_core.data.raw import Original, RawData, names_apart, raw_data
 from crate_core.data.shards import MANIFEST, ROW_GROUP, index_file
 from crate_core.data.sources import ImageSource
-from crate_core.records import atomic_write, printable, write_json
+from crate_core.records import atomic_write, printable, shortened, write_json
 
 Format = Literal["folders", "parquet", "tar"]
 
@@ -524,10 +524,9 @@ def understood_raw(raw: RawData, source: str) -> list[str]:
     """What there is to prepare, in lines."""
     counts = ", ".join(f"{len(of):,} in {part}" for part, of in raw.parts.items())
     how = f" ({raw.how})" if raw.how else ""
-    names = ", ".join(raw.classes[:5]) + (", ..." if len(raw.classes) > 5 else "")
     lines = [f"data: {source}: {counts}{how}"]
     if raw.classes:
-        lines.append(f"classes: {len(raw.classes):,} ({names})")
+        lines.append(f"classes: {len(raw.classes):,} ({shortened(raw.classes)})")
     else:
         lines.append("classes: none, the pictures have no labels")
     if raw.left_out:

@@ -248,17 +248,23 @@ def split_source(
     )
 
 
-def digits() -> ImageData:
-    """The 1,797 handwritten digits (8 x 8 pixels, grey) that scikit-learn ships; 1,438
-    to train on, 359 held out.
+def all_digits() -> ArrayImages:
+    """The 1,797 handwritten digits that scikit-learn ships, in its order: (1, 8, 8) in
+    [0, 1], labels 0 to 9.
     """
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
-    source = ArrayImages(
+    return ArrayImages(
         torch.from_numpy(bunch.images / 16.0).float().unsqueeze(1),
         bunch.target.astype(np.int64),
     )
+
+
+def digits() -> ImageData:
+    """The 1,797 handwritten digits (8 x 8 pixels, grey) that scikit-learn ships; 1,438
+    to train on, 359 held out.
+    """
     return split_source(
-        source, map(str, range(10)), DIGITS_HELD_OUT, "scikit-learn's digits"
+        all_digits(), map(str, range(10)), DIGITS_HELD_OUT, "scikit-learn's digits"
     )

@@ -6,7 +6,7 @@ Book: :ref:`ch-first-training`.
 
 import io
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,15 +19,7 @@ from crate_core.data.batches import (
 )
 from crate_core.data.sources import ImageData, ImageSource, SelectedImages
 from crate_core.data.transforms import Size
-from crate_core.records import printable
-
-NAMED = 5
-"""How many names of classes or files a line gives."""
-
-
-def shortened(names: list[str], count: int = NAMED) -> str:
-    """The first names, and that there are more."""
-    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
+from crate_core.records import printable, shortened
 
 
 def understood(data: ImageData) -> list[str]:
@@ -48,6 +40,15 @@ def understood(data: ImageData) -> list[str]:
     return lines + [f"note: {said}" for said in data.notes]
 
 
+def unreadable_lines(unreadable: Mapping[str, list[str]]) -> list[str]:
+    """How many pictures of each part cannot be read, and what is said of the first."""
+    return [
+        f"unreadable: {len(said):,} of the part {part} ({shortened(said, 3)})"
+        for part, said in unreadable.items()
+        if said
+    ]
+
+
 @dataclass(frozen=True)
 class Readable:
     """Data without its unreadable pictures: ``data``, and ``unreadable``, a message
@@ -59,11 +60,7 @@ class Readable:
 
     def lines(self) -> list[str]:
         """How many pictures cannot be read, and the names of the first."""
-        return [
-            f"unreadable: {len(said):,} of the part {part} ({shortened(said, 3)})"
-            for part, said in self.unreadable.items()
-            if said
-        ]
+        return unreadable_lines(self.unreadable)
 
 
 def readable(

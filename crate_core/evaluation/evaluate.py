@@ -20,7 +20,12 @@ from crate_core.checks import check_instance, is_count
 from crate_core.data.batches import some_batches
 from crate_core.data.named import open_data
 from crate_core.data.sources import ImageData, data_identity
-from crate_core.data.understood import readable, understood, with_labels
+from crate_core.data.understood import (
+    readable,
+    understood,
+    unreadable_lines,
+    with_labels,
+)
 from crate_core.evaluation.finetune import finetune_seeds
 from crate_core.evaluation.finetune_recipe import FinetuneConfig
 from crate_core.evaluation.labels import require_probe_labels
@@ -34,7 +39,11 @@ from crate_core.evaluation.probe import (
 from crate_core.model.autoencoder import MaskedAutoencoder
 from crate_core.model.build import load_model, pick_device
 from crate_core.records import RUN_FILE, device_name, provenance, write_json
-from crate_core.training.yardsticks import mean_picture, reconstruction_by_ratio
+from crate_core.training.yardsticks import (
+    mean_picture,
+    reconstruction_by_ratio,
+    removes_some,
+)
 
 EVALUATION_FILE = "evaluation.json"
 
@@ -174,7 +183,8 @@ def evaluate(
     spec, opened = open_for(checkpoint, data)
     for line in understood(opened):
         report(line)
-    possible = [ratio for ratio in mask_ratios if removes_some(ratio, model)]
+    patches = math.prod(model.config.grid)
+    possible = [ratio for ratio in mask_ratios if removes_some(ratio, patches)]
     if impossible := [ratio for ratio in mask_ratios if ratio not in possible]:
         report(f"masking ratios left out, too fine for the patches: {impossible}")
     labelled = with_labels(opened)
@@ -233,12 +243,6 @@ def evaluate(
         "seconds": clock.laps,
         **provenance(command, device_name(torch.device(device))),
     }
-
-
-def removes_some(mask_ratio: float, model: MaskedAutoencoder) -> bool:
-    """Whether a masking ratio removes some of a model's patches and leaves some."""
-    length = math.prod(model.config.grid)
-    return 0 < length - int(length * (1 - mask_ratio)) < length
 
 
 class Stopwatch:
@@ -332,11 +336,7 @@ def table(record: dict[str, Any]) -> list[str]:
             f"  {score['mask_ratio']:<28g}{score['loss']:>10.4f}"
             f"{score['psnr']:>12.2f}{score['mean_picture_psnr']:>24.2f}"
         )
-    lines += [
-        f"unreadable: {len(said):,} of the part {part} ({', '.join(said[:3])})"
-        for part, said in record["unreadable"].items()
-        if said
-    ]
+    lines += unreadable_lines(record["unreadable"])
     lines.append(
         "seconds: "
         + ", ".join(f"{name} {value:.0f}" for name, value in record["seconds"].items())

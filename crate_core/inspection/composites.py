@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from crate_core.data.photographs import photographs
+from crate_core.data.sources import all_digits
 from crate_core.shapes import Images, ObjectMask
 
 PLACES = ("anywhere", "centre")
@@ -69,7 +70,7 @@ def composites(
     check_count(count, size)
     if place not in PLACES:
         raise ValueError(f"place must be one of {PLACES}, got {place!r}")
-    digits = load_digit_images()
+    digits = all_digits().images[:, 0]
     photos = photographs()
     generator = np.random.default_rng(seed)
     images, masks, discs, backgrounds = [], [], [], []
@@ -121,7 +122,7 @@ def digit_pictures(count: int, seed: int = 0, size: int = 32) -> Composites:
     Book: :ref:`ch-tokens-heads`.
     """
     check_count(count, size)
-    digits = load_digit_images()
+    digits = all_digits().images[:, 0]
     chosen = np.random.default_rng(seed).choice(
         len(digits), count, replace=count > len(digits)
     )
@@ -143,13 +144,6 @@ def check_count(count: int, size: int) -> None:
         raise ValueError(
             f"composites need count >= 1 and size >= 16, got {count} and {size}"
         )
-
-
-def load_digit_images() -> Tensor:
-    """scikit-learn's digits (1797, 8, 8) in [0, 1]."""
-    from sklearn.datasets import load_digits
-
-    return torch.from_numpy(load_digits().images).float() / 16
 
 
 def random_crop(photo: Tensor, size: int, generator: np.random.Generator) -> Tensor:

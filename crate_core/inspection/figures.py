@@ -55,6 +55,29 @@ def panels(count: int, height: float = 2.7) -> tuple[Figure, list[Axes]]:
     return figure, axes
 
 
+def band(ax: Axes, x: np.ndarray, values: np.ndarray) -> None:
+    """The controls' values (seeds, len(x)): their range as a band, their mean as a
+    dashed curve.
+    """
+    ax.fill_between(
+        x,
+        values.min(axis=0),
+        values.max(axis=0),
+        color=CONTROL,
+        alpha=0.3,
+        linewidth=0,
+    )
+    ax.plot(
+        x,
+        values.mean(axis=0),
+        color=CONTROL,
+        marker="^",
+        markersize=4,
+        linestyle="--",
+        label="untrained",
+    )
+
+
 def curves(
     ax: Axes,
     model: LayerInspection,
@@ -67,19 +90,7 @@ def curves(
     """
     values = measure(model)
     x = np.arange(first, first + values.shape[1])
-    means = np.stack([measure(control).mean(axis=0) for control in controls])
-    ax.fill_between(
-        x, means.min(axis=0), means.max(axis=0), color=CONTROL, alpha=0.3, linewidth=0
-    )
-    ax.plot(
-        x,
-        means.mean(axis=0),
-        color=CONTROL,
-        marker="^",
-        markersize=4,
-        linestyle="--",
-        label="untrained",
-    )
+    band(ax, x, np.stack([measure(control).mean(axis=0) for control in controls]))
     ax.errorbar(
         x,
         values.mean(axis=0),
@@ -141,23 +152,7 @@ def readout(model: np.ndarray, controls: np.ndarray) -> Figure:
     """
     figure, (ax,) = panels(1)
     x = np.arange(len(model))
-    ax.fill_between(
-        x,
-        controls.min(axis=0),
-        controls.max(axis=0),
-        color=CONTROL,
-        alpha=0.3,
-        linewidth=0,
-    )
-    ax.plot(
-        x,
-        controls.mean(axis=0),
-        color=CONTROL,
-        marker="^",
-        markersize=4,
-        linestyle="--",
-        label="untrained",
-    )
+    band(ax, x, controls)
     ax.plot(x, model, color=MODEL, marker="o", markersize=4, label="this model")
     ax.axhline(0, color=MARK, linewidth=1, linestyle=":")
     ax.set_title("share of removed patches read", fontsize=8.5)
@@ -203,23 +198,7 @@ def weights(model: WeightInspection, controls: Sequence[WeightInspection]) -> Fi
         values = getattr(model, name)
         x = np.arange(1, len(values) + 1)
         others = np.stack([getattr(control, name) for control in controls])
-        ax.fill_between(
-            x,
-            others.min(axis=0),
-            others.max(axis=0),
-            color=CONTROL,
-            alpha=0.3,
-            linewidth=0,
-        )
-        ax.plot(
-            x,
-            others.mean(axis=0),
-            color=CONTROL,
-            marker="^",
-            markersize=4,
-            linestyle="--",
-            label="untrained",
-        )
+        band(ax, x, others)
         ax.plot(x, values, color=MODEL, marker="o", markersize=4, label="this model")
         if ideal is not None:
             ax.axhline(ideal, color=MARK, linewidth=1.2, linestyle=":", label="theory")

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import numpy as np
 import torch
 from matplotlib.figure import Figure
 
@@ -23,8 +22,9 @@ from crate_core.data.batches import (
     some_pictures,
 )
 from crate_core.data.named import open_data
+from crate_core.data.photographs import photographs
 from crate_core.data.sources import ArrayImages, FileImages, ImageSource, digits
-from crate_core.data.understood import chosen_pictures, shortened, understood
+from crate_core.data.understood import chosen_pictures, understood
 from crate_core.inspection import figures as figures
 from crate_core.inspection.layers import inspect_layers, inspect_weights
 from crate_core.inspection.sections import (
@@ -37,7 +37,13 @@ from crate_core.inspection.sections import (
 from crate_core.model.autoencoder import MaskedAutoencoder
 from crate_core.model.build import fresh_model, load_model
 from crate_core.model.config import FrameConfig
-from crate_core.records import atomic_write, device_name, printable, provenance
+from crate_core.records import (
+    atomic_write,
+    device_name,
+    printable,
+    provenance,
+    shortened,
+)
 from crate_core.shapes import Images
 
 
@@ -56,17 +62,12 @@ def shipped_pictures(config: FrameConfig, count: int = 32) -> Images:
             f"no pictures of {config.channels} channels are at hand: give some "
             "with --images or --data"
         )
-    from sklearn.datasets import load_sample_images
-
-    photographs = [
-        torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
-        for image in load_sample_images().images
-    ]
-    height = photographs[0].shape[1]
+    photos = photographs()
+    height = photos[0].shape[1]
     side = height // max(1, min(4, round(height / max(config.image_shape))))
     squares = [
         photo.unfold(1, side, side).unfold(2, side, side).flatten(1, 2).movedim(1, 0)
-        for photo in photographs
+        for photo in photos
     ]
     return some_pictures(ArrayImages(torch.cat(squares)), config, count)
 

@@ -8,7 +8,6 @@ attention,
 Book: :ref:`ch-attention`.
 """
 
-import math
 from functools import cache
 from typing import Any
 
@@ -19,7 +18,14 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from crate_core.companion import COLORS
-from crate_core.live.parts import LiveFigure, Slider, State, as_tensor, rounded
+from crate_core.live.parts import (
+    LiveFigure,
+    Slider,
+    State,
+    drawn_tokens,
+    placed_tokens,
+    rounded,
+)
 from crate_core.model.attention import attention_weights, mssa_step
 from crate_core.theory.denoise import noise_left
 from crate_core.theory.mixture import LowRankGaussianMixture
@@ -36,9 +42,7 @@ def inputs() -> dict[str, Any]:
     """
     generator = torch.Generator().manual_seed(5)
     # a type of its own: a page may have set another default, which draws other numbers
-    kind: dict[str, Any] = {"generator": generator, "dtype": torch.float32}
-    codes = torch.randn(TOKENS, RANK, **kind) / math.sqrt(RANK)
-    noise = torch.randn(TOKENS, HEADS * RANK, **kind)
+    codes, noise = drawn_tokens(TOKENS, HEADS, RANK, generator, dtype=torch.float32)
     return {
         "heads": HEADS,
         "rank": RANK,
@@ -49,15 +53,8 @@ def inputs() -> dict[str, Any]:
 
 def tokens_of(state: State) -> tuple[LowRankGaussianMixture, Tensor, Tensor, Tensor]:
     """Mixture, tokens, clean tokens and labels, sorted by subspace."""
-    dim, n = HEADS * RANK, state["tokens"]
-    bases = torch.eye(dim, dtype=torch.float64).reshape(dim, HEADS, RANK)
-    mix = LowRankGaussianMixture(bases.permute(1, 0, 2))
-    labels = torch.arange(n) % HEADS
+    mix, z, clean, labels = placed_tokens(inputs(), state)
     order = labels.argsort(stable=True)
-    codes = as_tensor(inputs()["codes"])[:n]
-    clean = (mix.bases[labels] @ codes[:, :, None])[..., 0]
-    noise = as_tensor(inputs()["noise"])[:n]
-    z = clean + state["noise"] / math.sqrt(dim) * noise
     return mix, z[order], clean[order], labels[order]
 
 

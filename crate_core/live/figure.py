@@ -16,6 +16,7 @@ from importlib.resources import files
 import matplotlib.pyplot as plt
 from IPython.display import display
 
+from crate_core.claims import Rendered
 from crate_core.companion import use_style
 from crate_core.live import (
     attention,
@@ -33,20 +34,6 @@ FIGURES: dict[str, LiveFigure] = {
     for module in (denoise_compress, attention, ista, flow, window, layer, model)
 }
 """Every live figure of the book by its name."""
-
-
-class _Piece:
-    """HTML for the page; its alt text where there is no HTML."""
-
-    def __init__(self, piece: str, alt: str) -> None:
-        self.piece = piece
-        self.alt = alt
-
-    def _repr_mimebundle_(self, **_: object) -> dict[str, str]:
-        return {"text/html": self.piece, "text/plain": self.alt}
-
-    def __repr__(self) -> str:
-        return self.alt
 
 
 def own_file(name: str) -> str:
@@ -118,4 +105,4 @@ def live_figure(name: str) -> None:
     Book: :ref:`ch-notation`.
     """
     piece = live_html(name)
-    display(_Piece(piece, FIGURES[name].alt))
+    display(Rendered(piece, FIGURES[name].alt))

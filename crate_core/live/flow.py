@@ -20,7 +20,14 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from crate_core.companion import COLORS, SUBSPACE_COLORS, SUBSPACE_MARKERS
-from crate_core.live.parts import LiveFigure, Slider, State, as_tensor, rounded
+from crate_core.live.parts import (
+    LiveFigure,
+    Slider,
+    State,
+    drawn_tokens,
+    placed_tokens,
+    rounded,
+)
 from crate_core.theory.denoise import noise_left
 from crate_core.theory.diffusion import (
     exact_structured_flow,
@@ -29,7 +36,6 @@ from crate_core.theory.diffusion import (
     probability_flow_field,
 )
 from crate_core.theory.integrators import integrate
-from crate_core.theory.mixture import LowRankGaussianMixture
 from crate_core.theory.rate import head_coordinates, subspace_beta
 
 TOKENS = 24
@@ -46,9 +52,7 @@ def inputs() -> dict[str, Any]:
     """
     generator = torch.Generator().manual_seed(7)
     # a type of its own: a page may have set another default, which draws other numbers
-    kind: dict[str, Any] = {"generator": generator, "dtype": torch.float64}
-    codes = torch.randn(TOKENS, RANK, **kind) / math.sqrt(RANK)
-    noise = torch.randn(TOKENS, HEADS * RANK, **kind)
+    codes, noise = drawn_tokens(TOKENS, HEADS, RANK, generator, dtype=torch.float64)
     return {
         "heads": HEADS,
         "rank": RANK,
@@ -60,21 +64,9 @@ def inputs() -> dict[str, Any]:
     }
 
 
-def tokens_of(state: State) -> tuple[LowRankGaussianMixture, Tensor, Tensor, Tensor]:
-    """Mixture, tokens, clean tokens and labels."""
-    dim, n = HEADS * RANK, state["tokens"]
-    bases = torch.eye(dim, dtype=torch.float64).reshape(dim, HEADS, RANK)
-    mix = LowRankGaussianMixture(bases.permute(1, 0, 2))
-    labels = torch.arange(n) % HEADS
-    codes = as_tensor(inputs()["codes"])[:n]
-    clean = (mix.bases[labels] @ codes[:, :, None])[..., 0]
-    noise = as_tensor(inputs()["noise"])[:n]
-    return mix, clean + state["noise"] / math.sqrt(dim) * noise, clean, labels
-
-
 def numbers(state: State) -> dict[str, Any]:
     """Tokens under both flows, singular values and whose they are, noise left."""
-    mix, z, clean, labels = tokens_of(state)
+    mix, z, clean, labels = placed_tokens(inputs(), state)
     n, dim = z.shape
     beta = subspace_beta(n, RANK, state["eps"])
     sigma = state["noise"] / math.sqrt(dim)

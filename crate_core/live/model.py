@@ -21,6 +21,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from crate_core.data.photographs import photograph_pixels
 from crate_core.inspection.layer_measures import unit_tokens
 from crate_core.inspection.measures import nonzero_share, orthonormal_bases
 from crate_core.live.parts import Choice, LiveFigure, Slider, State, Switch
@@ -48,12 +49,8 @@ def pictures() -> dict[str, np.ndarray]:
     (32, 32, 3) uint8.
     """
     from PIL import Image
-    from sklearn.datasets import load_sample_image
 
-    found = {
-        "temple": load_sample_image("china.jpg"),
-        "flower": load_sample_image("flower.jpg"),
-    }
+    found = photograph_pixels()
     if find_spec("skimage"):
         from skimage import data
 

@@ -3,6 +3,7 @@
 Book: :ref:`ch-notation`.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
+
+from crate_core.theory.mixture import LowRankGaussianMixture
 
 State = Mapping[str, Any]
 """The values of a figure's controls, and what the reader has moved in its plot."""
@@ -133,3 +136,33 @@ def rounded(values: Tensor, digits: int = 3) -> list[Any]:
 def as_tensor(values: Any) -> Tensor:
     """Nested lists as a tensor in double precision, as the page computes."""
     return torch.tensor(values, dtype=torch.float64)
+
+
+def drawn_tokens(
+    tokens: int, heads: int, rank: int, generator: torch.Generator, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """Coordinates (tokens, rank) of each token in its own subspace, of norm about one,
+    and noise (tokens, heads * rank), drawn in this order; ``options`` go to ``randn``.
+    """
+    codes = torch.randn(tokens, rank, generator=generator, **options) / math.sqrt(rank)
+    return codes, torch.randn(tokens, heads * rank, generator=generator, **options)
+
+
+def placed_tokens(
+    drawn: Mapping[str, Any], state: State
+) -> tuple[LowRankGaussianMixture, Tensor, Tensor, Tensor]:
+    """Mixture, the first ``state["tokens"]`` tokens z with noise of norm about
+    ``state["noise"]``, clean tokens and labels.
+
+    Bases are columns of the identity, memberships go round; ``drawn`` holds "heads",
+    "rank", and "codes" and "noise" of :func:`drawn_tokens` as lists.
+    """
+    heads, rank, n = drawn["heads"], drawn["rank"], state["tokens"]
+    dim = heads * rank
+    bases = torch.eye(dim, dtype=torch.float64).reshape(dim, heads, rank)
+    mix = LowRankGaussianMixture(bases.permute(1, 0, 2))
+    labels = torch.arange(n) % heads
+    codes = as_tensor(drawn["codes"])[:n]
+    clean = (mix.bases[labels] @ codes[:, :, None])[..., 0]
+    noise = as_tensor(drawn["noise"])[:n]
+    return mix, clean + state["noise"] / math.sqrt(dim) * noise, clean, labels

@@ -140,6 +140,11 @@ def held_out_loss(
 
 
 @torch.no_grad()
+def removes_some(mask_ratio: float, patches: int) -> bool:
+    """Whether a masking ratio removes some of a picture's patches and leaves some."""
+    return 0 < patches - int(patches * (1 - mask_ratio)) < patches
+
+
 def reconstruction_by_ratio(
     model: MaskedAutoencoder,
     images: Images | Iterable[Images],
@@ -174,7 +179,7 @@ def reconstruction_by_ratio(
     """
     length = math.prod(model.config.grid)
     for ratio in mask_ratios:
-        if not 0 < length - int(length * (1 - ratio)) < length:
+        if not removes_some(ratio, length):
             raise ValueError(
                 f"mask_ratio={ratio} must leave some of {length} patches visible and "
                 "remove some"
