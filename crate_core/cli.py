@@ -29,9 +29,6 @@ from crate_core.options import (
 
 Command = TypeVar("Command")
 
-TRY_AGAIN = 75
-"""Exit code of a run that a signal ended after a step: EX_TEMPFAIL of sysexits.h."""
-
 SPIN_COUNT = "1000"
 """Rounds that a thread of the GNU OpenMP library waits for others before it sleeps."""
 
@@ -188,7 +185,7 @@ def run_data(arguments: Sequence[str], command: str) -> None:
     size = (options.image_size, options.image_size)
     if options.check:
         found = readable(data, size, options.channels, 1.0)
-        names = [name for of in found.unreadable.values() for name in of]
+        names = [name for part in found.unreadable.values() for name in part]
         print("\n".join([f"unreadable: {name}" for name in names] or ["all are read"]))
     if options.output is not None:
         sheet = contact_sheet(data, size, options.channels, options.count, print)
@@ -287,9 +284,9 @@ def run_evaluate(arguments: Sequence[str], command: str) -> None:
     record = evaluate(
         options.checkpoint,
         options.data,
-        options.seeds,
-        options.labels_per_class,
-        options.mask_ratios,
+        seeds=options.seeds,
+        labels_per_class=options.labels_per_class,
+        mask_ratios=options.mask_ratios,
         probe=options.probe,
         neighbours=options.neighbours,
         fine_tuning=fine_tuning,
@@ -320,9 +317,10 @@ def run_reconstruct(arguments: Sequence[str], command: str) -> None:
     from crate_core.data.understood import chosen_pictures, understood
     from crate_core.keys import evaluation_noise
     from crate_core.model.build import load_model
+    from crate_core.records import check_writable
     from crate_core.training.yardsticks import save_reconstructions
 
-    output_file(options.output, options.checkpoint, "")
+    check_writable(Path(options.output))
     model = load_model(options.checkpoint)
     if not 1 <= options.count <= MOST_PICTURES:
         raise UsageError(
@@ -369,19 +367,20 @@ def run_inspect(arguments: Sequence[str], command: str) -> None:
         raise UsageError("give either --images FILE ... or --data, or neither")
     from crate_core.inspection.page import inspect_checkpoint, write_report
     from crate_core.model.build import load_model, pick_device
+    from crate_core.records import check_writable
 
-    output_file(options.output, options.checkpoint, "")
+    check_writable(Path(options.output))
     page = inspect_checkpoint(
         load_model(options.checkpoint).to(pick_device(options.device)),
-        Path(options.checkpoint).name or options.checkpoint,
-        options.images,
-        options.data,
-        options.count,
-        options.eps,
-        options.seeds,
-        command,
-        print,
-        options.max_unreadable,
+        name=Path(options.checkpoint).name or options.checkpoint,
+        files=options.images,
+        data=options.data,
+        count=options.count,
+        eps=options.eps,
+        seeds=options.seeds,
+        command=command,
+        report=print,
+        max_unreadable=options.max_unreadable,
     )
     write_report(options.output, page)
     print(f"saved in {options.output}, {len(page) / 1e6:.1f} MB")
@@ -467,14 +466,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ArithmeticError as error:
         return fail(f"crate {name}: {error}", 1)
     except RuntimeError as error:
-        if type(error).__name__ != "TrainingStoppedError":
+        if not hasattr(error, "exit_code"):  # a defect, which needs its traceback
             raise
-        return fail(f"crate {name}: {error}", TRY_AGAIN)
+        return fail(f"crate {name}: {error}", error.exit_code)
     except (ValueError, OSError) as error:
-        return fail(
-            f"crate {name}: error: {error}",
-            1 if type(error).__name__ == "CheckpointError" else 2,
-        )
+        # errors of a run that failed on its way say so; the others are of bad input
+        return fail(f"crate {name}: error: {error}", getattr(error, "exit_code", 2))
     return 0
 
 

@@ -188,7 +188,7 @@ class Probe:
     head_batch_size: int = 16_384
     """Pictures in a step of stochastic gradients."""
     optimizer: Literal["lars", "sgd"] = "lars"
-    """Of stochastic gradients."""
+    """Optimizer of the stochastic gradients."""
     base_lrs: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0)
     """Learning rates for 256 pictures, of which validation chooses."""
     neighbours: bool = True
@@ -198,7 +198,7 @@ class Probe:
     seeds: int = 1
     """Fits of each kind."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Of the encoder's products."""
+    """Precision of the encoder's matrix products."""
     batch_size: int = 256
     """Pictures that are encoded at a time."""
     device: Device = "auto"
@@ -228,7 +228,7 @@ class Prepare:
     side: int = 256
     """Shorter side in pixels; smaller pictures are not enlarged."""
     quality: int = 90
-    """Of the JPEG files, 1 to 100."""
+    """JPEG quality, 1 to 100."""
     format: Literal["folders", "parquet", "tar"] = "tar"
     """tar and parquet shards hold many pictures in one file."""
     labels: str | None = None

@@ -18,6 +18,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 
 import numpy as np
@@ -85,8 +86,8 @@ def subfolders(directory: Path) -> list[str]:
 
 
 def held_anyway(behind: str, root: str) -> bool:
-    """Whether a walk of the folder ``root`` meets what a link leads to by another name,
-    or leads back: both are paths without links.
+    """True if a walk of ``root`` reaches the link's target ``behind`` anyway, or the
+    target contains ``root`` (a loop); both are paths without links.
     """
     real, top = Path(behind), Path(root)
     if not real.is_relative_to(top):
@@ -94,6 +95,13 @@ def held_anyway(behind: str, root: str) -> bool:
     if any(hidden(name) for name in real.relative_to(top).parts):
         return False
     return real.is_dir() or real.suffix.lower() in image_extensions()
+
+
+class Link(Enum):
+    """A link that a walk does not follow."""
+
+    REPEATED = "leads to what the walked folder holds anyway, or leads back"
+    BROKEN = "leads nowhere"
 
 
 class RealFiles:
@@ -113,9 +121,9 @@ class RealFiles:
 
 def walk(
     directory: Path, real: str, root: str, stack: tuple[str, ...], files: RealFiles
-) -> Iterator[tuple[Path, str | None]]:
-    """Files under a directory with the real file behind each: ``None`` for a link to
-    what ``root`` holds anyway or leads back to, "" for one that leads nowhere.
+) -> Iterator[tuple[Path, str | Link]]:
+    """Files under a directory with the real file behind each, or what sort of link it
+    is that is not followed.
 
     ``real`` is the directory without links.  Raises ``OSError`` for a folder that
     cannot be read.
@@ -128,10 +136,10 @@ def walk(
         if entry.is_symlink():
             behind = os.path.realpath(path)
             if not os.path.exists(behind):
-                yield path, ""
+                yield path, Link.BROKEN
                 continue
             if behind in stack or held_anyway(behind, root):
-                yield path, None
+                yield path, Link.REPEATED
                 continue
         if entry.is_dir():
             yield from walk(path, behind, root, (*stack, behind), files)
@@ -158,9 +166,9 @@ def image_files(directory: Path, files: RealFiles | None = None) -> Found:
             found.by_class[name] = {}
     for path, behind in walk(directory, root, root, (root,), files):
         parts = path.relative_to(directory).parts
-        if behind == "":
+        if behind is Link.BROKEN:
             found.broken += 1
-        elif behind is None:
+        elif behind is Link.REPEATED:
             found.repeated += 1
         elif path.suffix.lower() not in image_extensions():
             found.other[path.suffix.lower() or "without an ending"] += 1

@@ -156,9 +156,11 @@ class LabelledPictures(TrainingPictures):
 
 
 def paired_rows(batch_size: int, part: int, parts: int) -> list[int]:
-    """Rows of a batch that one of several parts works on, such that a part reversed
-    pairs the rows that the batch reversed pairs, i with B - 1 - i: a piece of the first
+    """Rows of a batch of B that one of several parts works on: a piece of the first
     half, and the same piece from the end.
+
+    Rows i and B - 1 - i stay in one part, since timm's Mixup pairs picture i of what it
+    gets with the i-th from its end.
     """
     piece = batch_size // parts // 2
     first = range(part * piece, (part + 1) * piece)

@@ -66,7 +66,8 @@ SMALL: Mapping[str, Any] = {
     "workers": 0,
     "checkpoint_every": 200,
 }
-"""Small networks for few steps: nothing against learning by heart, which they do not.
+"""Small networks for few steps, without regularisation: they do not overfit in so
+few.
 """
 
 FINETUNE_PRESETS: Mapping[str, Preset] = {

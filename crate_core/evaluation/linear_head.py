@@ -72,6 +72,15 @@ class LinearHeadConfig:
 class LinearHead(nn.Module):
     r"""Class scores :math:`W\,\mathrm{BN}(x) + b` of features (n, d), with batch
     normalisation that learns no scale and no shift.
+
+    Parameters
+    ----------
+    dim : d, of the features.
+    classes : number of classes C.
+    generator : of the first weights, of standard deviation 0.01; torch's default where
+        there is none.
+
+    He et al. (2022), appendix A.1.
     """
 
     def __init__(
@@ -85,6 +94,7 @@ class LinearHead(nn.Module):
         nn.init.zeros_(self.classify.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Features (n, d) to scores (n, C)."""
         return self.classify(self.norm(x))
 
 

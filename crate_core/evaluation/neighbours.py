@@ -15,8 +15,8 @@ from crate_core.evaluation.probe import Judge
 from crate_core.model.autoencoder import MaskedAutoencoder
 
 NEIGHBOURS = 20
-"""How many neighbours vote; fixed beforehand, as a choice on held-out pictures would
-not be one.
+"""How many neighbours vote.  Fixed beforehand: choosing it on held-out pictures would
+use their labels.
 """
 
 TEMPERATURE = 0.07

@@ -45,10 +45,12 @@ class Score:
 
     @property
     def mean(self) -> float:
+        """Mean accuracy over seeds."""
         return float(np.mean(self.accuracies))
 
     @property
     def std(self) -> float:
+        """Sample standard deviation over seeds; 0 for one."""
         return (
             float(np.std(self.accuracies, ddof=1)) if len(self.accuracies) > 1 else 0.0
         )

@@ -1,8 +1,8 @@
 r"""Measures of tokens and of weights: sparsity, effective rank, how orthogonal
 subspaces are, cosines.
 
-Every measure here is blind to the scale of what it measures; each says what it is for
-nothing and for everything.
+No measure here depends on the scale of what it measures.  Each docstring gives the
+value for the zero vector and for equal entries.
 
 Book: :ref:`ch-layer-by-layer`.
 """

@@ -118,6 +118,7 @@ class DropPath(nn.Module):
         """(B,) uniform in [0, 1), one number per picture of the batch."""
 
     def forward(self, x: Tokens) -> Tokens:
+        """The branch (B, n, d), scaled or zero by picture; in evaluation as it is."""
         if not self.training or self.rate == 0:
             return x
         kept = (self.noise >= self.rate).to(x.dtype) / (1 - self.rate)

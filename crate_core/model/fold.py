@@ -28,6 +28,9 @@ class FoldedISTA(nn.Linear):
     """
 
     def forward(self, z: Tokens) -> Tokens:
+        """Tokens (B, n, d) that the norm standardised, to the sparse tokens (B, n, d),
+        which are not negative.
+        """
         return F.relu(super().forward(z))
 
 

@@ -24,6 +24,7 @@ class ISTAMatrix(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, dictionary: Tensor, eta: float) -> Tensor:
+        """M (d, d) of a dictionary D (d, d)."""
         gram = dictionary.mT @ dictionary
         ctx.save_for_backward(dictionary)
         # Under autocast the product is in half precision, and so is the one of the
@@ -35,6 +36,7 @@ class ISTAMatrix(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """The gradient (d, d) of D for one of M; eta has none."""
         (dictionary,) = ctx.saved_tensors
         symmetric = (gradient + gradient.mT).to(ctx.product_dtype)
         return ctx.eta * (gradient - dictionary.to(ctx.product_dtype) @ symmetric), None
@@ -58,6 +60,7 @@ class ShortSharedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, v: Tensor, scale: float) -> Tensor:
+        """O (B, n, p) of projections V (B, n, p); ``scale`` is alpha."""
         weights = torch.softmax(torch.bmm(v, v.mT) * scale, dim=-1)
         ctx.save_for_backward(v, weights)
         ctx.scale = scale
@@ -65,6 +68,7 @@ class ShortSharedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """The gradient (B, n, p) of V for one of O; the scale has none."""
         v, weights = ctx.saved_tensors
         to_weights = torch.bmm(gradient, v.mT)
         to_scores = weights * (

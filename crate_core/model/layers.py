@@ -62,6 +62,7 @@ class EncoderLayer(nn.Module):
         return self.attention.weights(self.norm_attention(x))
 
     def forward(self, x: Tokens) -> Tokens:
+        """Tokens (B, n, d) to :math:`X'` (B, n, d)."""
         return self.sparsify(self.norm_sparsify(self.compress(x)))
 
 
@@ -82,5 +83,6 @@ class DecoderLayer(nn.Module):
         self.attention = MSSA(config.dim, config.heads, config.separate_values)
 
     def forward(self, y: Tokens) -> Tokens:
+        """Tokens (B, n, d) to :math:`Y'` (B, n, d)."""
         v = self.densify(self.norm_densify(y))
         return v - self.attention(self.norm_attention(v))

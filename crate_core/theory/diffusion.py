@@ -89,6 +89,7 @@ def forward_noising(
     ----------
     x : tensor (..., d), clean tokens.
     sigmas : S noise levels per coordinate, nonnegative and nondecreasing.
+    generator : of the noise, on the device of x; torch's default where there is none.
 
     Returns
     -------
@@ -192,6 +193,7 @@ def reverse_sde(
     sigma_from, sigma_to : positive noise levels per coordinate,
         ``sigma_to < sigma_from``.
     steps : number of steps, on the geometric grid of :func:`noise_levels`.
+    generator : of the noise, on the device of z; torch's default where there is none.
 
     Raises ``ValueError`` if the levels are not positive and decreasing, or steps < 1.
     Book: :ref:`ch-diffusion`.

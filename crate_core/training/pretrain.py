@@ -105,8 +105,9 @@ def pretrain(
         If the loss or the gradient is no longer finite.
     TrainingStoppedError
         If SIGTERM or SIGUSR1 came: the step was finished and a checkpoint written.
-    CheckpointError If a checkpoint cannot be saved; the previous one is kept, and the
-        same call continues from it.
+    CheckpointError
+        If a checkpoint cannot be saved; the previous one is kept, and the same call
+        continues from it.
 
     Book: :ref:`ch-first-training`.
     """

@@ -58,6 +58,9 @@ class CheckpointError(OSError):
     names the last good one.
     """
 
+    exit_code = 1
+    """Of the command: the run failed on its way, its input was not at fault."""
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -368,8 +371,8 @@ class RunDirectory:
             partial.rename(final)
 
     def show_best(self, step: int) -> None:
-        """Let the folder ``best`` be the model of ``step``, and drop the others.  Once
-        the checkpoint that knows of it is written.
+        """Let the folder ``best`` be the model of ``step``, and drop the others.  Call
+        it after the checkpoint whose progress names ``step`` is written.
         """
         kept = self.path / BEST / f"step-{step:08d}"
         with self.writing(f"the best model, of step {step}"):

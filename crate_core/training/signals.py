@@ -22,6 +22,9 @@ NAMES = ("SIGTERM", "SIGUSR1")
 class TrainingStoppedError(RuntimeError):
     """A signal ended the run after a step, with a checkpoint; the same call goes on."""
 
+    exit_code = 75
+    """Of the command: EX_TEMPFAIL of sysexits.h, start it again."""
+
 
 class StopSignals:
     """Remembers whether a signal of :data:`NAMES` came while the context is open.

@@ -123,7 +123,25 @@ def test_the_maps_list_every_chapter_once_and_in_order() -> None:
     assert re.findall(r"\{doc\}`(\w+)`", table) == chapters()
 
 
-def test_the_map_s_modules_cover_every_folder() -> None:
-    named = {module.split("/")[0] for module in re.findall(r"`(\w+)/\w+\.py`", README)}
-    folders = {path.parent.name for path in (ROOT / "crate_core").glob("*/__init__.py")}
-    assert folders - {"live"} <= named
+def package_folders() -> set[str]:
+    """Names of the folders of the package that hold modules."""
+    return {path.parent.name for path in (ROOT / "crate_core").glob("*/__init__.py")}
+
+
+def test_the_map_lists_every_folder_above_those_that_import_it() -> None:
+    (table,) = re.findall(
+        r"^\| `crate_core/` \| holds \|\n(.*?)\n\n", README, re.M | re.S
+    )
+    listed = re.findall(r"^\| `(\w+)/` \|", table, re.M)
+    assert sorted(listed) == sorted(package_folders())
+    for place, folder in enumerate(listed):
+        for path in (ROOT / "crate_core" / folder).glob("*.py"):
+            imported = re.findall(
+                r"^\s*from crate_core\.(\w+)", path.read_text(encoding="utf8"), re.M
+            )
+            assert not set(imported) & set(listed[place + 1 :]), path.name
+
+
+def test_every_folder_has_its_tests() -> None:
+    tested = {path.parent.name for path in (ROOT / "tests").glob("*/test_*.py")}
+    assert package_folders() - {"live"} <= tested
