@@ -68,6 +68,7 @@ CASES: dict[str, tuple[Callable[[], object], str]] = {
         "got dim='8'",
     ),
     "sample": (lambda: MIX.sample("5", 0.1), "got '5'"),
+    "members": (lambda: MIX.sample(2, 0.1, labels=[0, 1]), "labels .*got list"),
     "sigma": (lambda: MIX.sample(5, "0.1"), "sigma .* got '0.1'"),
     "score": (lambda: MIX.score([[0.0] * 8], 0.1), "tokens .*got list"),
     "mssa": (lambda: mssa(np.zeros((3, 8)), MIX.bases), "tokens .*got ndarray"),

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from crate_core.data.pictures import Augmentation, Picture, UnreadableImageError
-from crate_core.data.sources import ImageSource, SelectedImages
+from crate_core.data.sources import ImageSource, SelectedImages, spread_rows
 from crate_core.data.transforms import (
     Size,
     augment,
@@ -44,7 +44,7 @@ SUBSTITUTES = 100
 """How many other pictures are tried in the place of one that cannot be read."""
 
 NAMED = 5
-"""How many unreadable pictures a warning names."""
+"""How many pictures or classes a line names."""
 
 MAX_UNREADABLE = 0.1
 """Share of pictures above which work stops as they cannot be read, unless given."""
@@ -363,9 +363,7 @@ def some_batches(
 
     Raises ``ValueError`` if none is readable.
     """
-    chosen = (
-        np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(int)
-    )
+    chosen = spread_rows(source, count)
     found = False
     for batch in evaluation_batches(
         SelectedImages(source, chosen), config.image_shape, config.channels, batch_size

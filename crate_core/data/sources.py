@@ -169,6 +169,14 @@ class ImageData:
     notes: tuple[str, ...] = ()
 
 
+def spread_rows(source: ImageSource, most: int) -> np.ndarray:
+    """The numbers of at most ``most`` pictures, spread evenly over a source from its
+    first to its last.
+    """
+    count = min(most, len(source))
+    return np.linspace(0, len(source) - 1, count).round().astype(int)
+
+
 def data_identity(data: ImageData) -> dict[str, Any]:
     """What of the data decides a run: how many pictures there are to train on, and the
     names of some of them.

@@ -17,7 +17,7 @@ from crate_core.data.batches import (
     UnreadableCount,
     evaluation_batches,
 )
-from crate_core.data.sources import ImageData, ImageSource, SelectedImages
+from crate_core.data.sources import ImageData, ImageSource, SelectedImages, spread_rows
 from crate_core.data.transforms import Size
 from crate_core.records import printable, shortened
 
@@ -135,8 +135,7 @@ def some_readable(
     """Up to ``count`` pictures spread evenly over a source, with their numbers: as the
     model sees them, or the message of one that cannot be read.
     """
-    chosen = np.linspace(0, len(source) - 1, min(count, len(source))).round()
-    rows = chosen.astype(int)
+    rows = spread_rows(source, count)
     for batch in evaluation_batches(SelectedImages(source, rows), size, channels, 64):
         shown: list[tuple[int, Tensor | str]] = [
             *zip(batch.indices.tolist(), batch.images, strict=True),
@@ -164,8 +163,7 @@ def chosen_pictures(
     ValueError
         As soon as more than the limit of ``unreadable`` cannot be read, or if none can.
     """
-    chosen = np.linspace(0, len(source) - 1, min(count, len(source))).round()
-    tried = set(chosen.astype(int).tolist())
+    tried = set(spread_rows(source, count).tolist())
     reader = HeldOutPictures(source, size, channels)
     found: list[tuple[int, Tensor]] = []
     for wanted in sorted(tried):

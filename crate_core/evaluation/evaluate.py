@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from crate_core.checks import check_instance, is_count
-from crate_core.data.batches import some_batches
+from crate_core.data.batches import MAX_UNREADABLE, some_batches
 from crate_core.data.named import open_data
 from crate_core.data.sources import ImageData, data_identity
 from crate_core.data.understood import (
@@ -132,7 +132,7 @@ def evaluate(
     device: str = "auto",
     workers: int = 0,
     command: str = "crate_core.evaluation.evaluate.evaluate",
-    max_unreadable: float = 0.1,
+    max_unreadable: float = MAX_UNREADABLE,
     report: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Evaluate a checkpoint beside its controls: an untrained network, and pixels.

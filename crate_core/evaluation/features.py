@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from crate_core.model.config import FrameConfig
 from crate_core.model.files import weights_digest
 from crate_core.records import printable, write_json
 from crate_core.shapes import Images
+from crate_core.training.recipe import Precision
 
 PIXEL_SIDE = 32
 """Larger pictures are averaged down to this side for the pixel control, which would not
@@ -136,9 +137,6 @@ def small_pixels(images: Images) -> torch.Tensor:
     size = [min(side, PIXEL_SIDE) for side in images.shape[-2:]]
     return F.interpolate(images, size=size, mode="area").flatten(1)
 
-
-Precision = Literal["fp32", "bf16", "fp16"]
-"""Of the encoder's products; features are stored in half precision in any case."""
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

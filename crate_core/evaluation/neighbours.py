@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from crate_core.data.sources import ImageData, SelectedImages
+from crate_core.data.sources import ImageData, SelectedImages, spread_rows
 from crate_core.evaluation.features import encode
 from crate_core.evaluation.probe import Judge
 from crate_core.model.autoencoder import MaskedAutoencoder
@@ -158,8 +158,8 @@ def held_out_neighbours(
     held_out_neighbours_check(data)
     parts = []
     for source in (data.train, data.held_out):
-        chosen = np.linspace(0, len(source) - 1, min(most, len(source)))
-        parts.append(encode(model, SelectedImages(source, chosen.round().astype(int))))
+        chosen = spread_rows(source, most)
+        parts.append(encode(model, SelectedImages(source, chosen)))
     train, held_out = parts
     return {
         "neighbours": neighbour_accuracy(

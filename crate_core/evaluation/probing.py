@@ -17,7 +17,7 @@ from crate_core.checks import check_instance, is_count
 from crate_core.data.batches import MAX_UNREADABLE
 from crate_core.data.understood import understood, with_labels
 from crate_core.evaluation.evaluate import open_for
-from crate_core.evaluation.features import Features, Precision, cached_features
+from crate_core.evaluation.features import Features, cached_features
 from crate_core.evaluation.labels import class_count
 from crate_core.evaluation.linear_head import (
     LinearHeadConfig,
@@ -34,6 +34,7 @@ from crate_core.model.build import (
     processes_on_cpu,
 )
 from crate_core.records import device_name, provenance
+from crate_core.training.recipe import Precision
 
 Solver = Literal["auto", "sklearn", "sgd"]
 """scikit-learn's logistic regression (the authors' protocol), or stochastic gradients

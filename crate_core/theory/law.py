@@ -15,7 +15,7 @@ from torch import Tensor
 
 from crate_core.checks import as_number, check_tensor, is_count
 from crate_core.shapes import Bases, Labels, PerToken, Tokens
-from crate_core.theory.mixture import check_orthogonal_subspaces
+from crate_core.theory.mixture import check_members, check_orthogonal_subspaces
 from crate_core.theory.rate import (
     check_bases,
     check_eps,
@@ -28,17 +28,7 @@ from crate_core.theory.rate import (
 def check_labels(z: Tokens, bases: Bases, labels: Labels) -> None:
     """Raise ``ValueError`` unless each of the n tokens has a label in [0, K)."""
     check_bases(z, bases)
-    check_tensor("labels", labels)
-    components = bases.shape[0]
-    if (
-        labels.shape != z.shape[-2:-1]
-        or int(labels.min()) < 0
-        or int(labels.max()) >= components
-    ):
-        raise ValueError(
-            f"labels must be {z.shape[-2]} integers in [0, {components}), got "
-            f"{tuple(labels.shape)}"
-        )
+    check_members(labels, z.shape[-2], bases.shape[0])
 
 
 def noise_direction(

@@ -139,6 +139,17 @@ def random_bases(
     return torch.linalg.qr(torch.randn(components, dim, rank, **options)).Q
 
 
+def check_members(labels: Labels, n: int, components: int) -> None:
+    """Raise ``ValueError`` unless each of n tokens has a label in [0, K)."""
+    check_tensor("labels", labels)
+    fits = labels.shape == (n,)
+    if not fits or int(labels.min()) < 0 or int(labels.max()) >= components:
+        raise ValueError(
+            f"labels must be {n} integers in [0, {components}), got shape "
+            f"{tuple(labels.shape)}"
+        )
+
+
 @dataclass(frozen=True)
 class MixtureSample:
     """Tokens drawn from a mixture: ``tokens = clean + noise`` (n, d), ``clean`` (n, d),
@@ -297,15 +308,8 @@ class LowRankGaussianMixture:
             labels = torch.multinomial(
                 self.weights, n, replacement=True, generator=generator
             )
-        elif (
-            labels.shape != (n,)
-            or int(labels.min()) < 0
-            or int(labels.max()) >= self.components
-        ):
-            raise ValueError(
-                f"labels must be {n} integers in [0, {self.components}), got shape "
-                f"{tuple(labels.shape)}"
-            )
+        else:
+            check_members(labels, n, self.components)
         options: dict[str, Any] = {
             "generator": generator,
             "dtype": self.bases.dtype,

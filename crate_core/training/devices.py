@@ -35,6 +35,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from crate_core.model.autoencoder import MaskedAutoencoder
+from crate_core.model.build import processes_on_cpu
 from crate_core.model.files import StateDict
 from crate_core.training.recipe import PretrainConfig, TrainingConfig
 
@@ -48,12 +49,7 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     # The state is one per process and would keep the precision of an earlier run.
     AcceleratorState._reset_state(reset_partial_state=True)
     precision = "no" if config.precision == "fp32" else config.precision
-    # Several processes without a GPU meet over the CPU; accelerate alone would start
-    # separate runs.
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    cpu = config.device == "cpu" or (
-        config.device == "auto" and several and not torch.cuda.is_available()
-    )
+    cpu = processes_on_cpu(config.device)
     accelerator = Accelerator(mixed_precision=precision, cpu=cpu)
     if config.device not in ("auto", accelerator.device.type):
         raise ValueError(

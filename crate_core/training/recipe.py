@@ -25,6 +25,7 @@ from crate_core.checks import (
     require,
     store,
 )
+from crate_core.data.batches import MAX_UNREADABLE
 from crate_core.data.pictures import Augmentation
 from crate_core.model.config import (
     CrateMAEConfig,
@@ -141,7 +142,7 @@ class TrainingConfig:
     """Steps between checkpoints."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl; each holds means over these steps."""
-    max_unreadable: float = 0.1
+    max_unreadable: float = MAX_UNREADABLE
     """Share of unreadable pictures above which the run stops."""
     tensorboard: bool = False
     """Also write losses, gradient norm, throughput and pictures to the folder

@@ -416,28 +416,23 @@ class RunDirectory:
         """Append one line to the metrics log.  ``CheckpointError`` if it cannot be
         written.
         """
-        with self.writing("the log"), open(self.metrics, "a", encoding="utf8") as file:
+        self._append(self.metrics, "the log", record)
+
+    def _append(self, path: Path, what: str, record: Mapping[str, Any]) -> None:
+        with self.writing(what), open(path, "a", encoding="utf8") as file:
             file.write(json.dumps(record) + "\n")
 
     def log_evaluation(self, record: Mapping[str, Any]) -> None:
         """Append one line to the evaluations.  ``CheckpointError`` if it cannot be
         written.
         """
-        with (
-            self.writing("an evaluation"),
-            open(self.evaluations, "a", encoding="utf8") as file,
-        ):
-            file.write(json.dumps(record) + "\n")
+        self._append(self.evaluations, "an evaluation", record)
 
     def log_timing(self, record: Mapping[str, Any]) -> None:
         """Append one line to the timing log.  ``CheckpointError`` if it cannot be
         written.
         """
-        with (
-            self.writing("the timing log"),
-            open(self.timing, "a", encoding="utf8") as file,
-        ):
-            file.write(json.dumps(record) + "\n")
+        self._append(self.timing, "the timing log", record)
 
     def logged(self) -> list[dict[str, Any]]:
         """All records of the metrics log."""
