@@ -233,7 +233,7 @@ def part_folders(root: Path) -> dict[str, str]:
     names = subfolders(root)
     parts = {name: exact_part(name) for name in names}
     spoken = [[w for w in words(name) if is_part(w)] for name in names]
-    if names and all(len(of) == 1 for of in spoken) and not any(parts.values()):
+    if names and all(len(words) == 1 for words in spoken) and not any(parts.values()):
         rest = {tuple(w for w in words(name) if not is_part(w)) for name in names}
         if len(rest) == 1 and len(names) > 1:
             parts = {name: part_of([name]) for name in names}
@@ -262,7 +262,7 @@ def part_folders(root: Path) -> dict[str, str]:
 
 def is_part(word: str) -> bool:
     """Whether a word names a part."""
-    return any(word in of for of in WORDS.values())
+    return any(word in words for words in WORDS.values())
 
 
 def holds_image(directory: Path) -> bool:

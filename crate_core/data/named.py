@@ -273,31 +273,31 @@ def open_tables(
         taken = chosen_parts(list(files), origin)
         chosen = {part: files[part] for part in taken if part is not None}
         counts: dict[str, int | None] = {
-            part: read_shards(of) for part, of in chosen.items()
+            part: read_shards(shards) for part, shards in chosen.items()
         }
         try:
             # one part after the other: a held-out part may lack the labels
             tables = {
                 part: datasets.load_dataset(
                     "parquet",
-                    data_files={part: [glob.escape(str(f.absolute())) for f in of]},
-                    columns=used_columns(of[0], origin, labels),
+                    data_files={part: [glob.escape(str(f.absolute())) for f in shards]},
+                    columns=used_columns(shards[0], origin, labels),
                     streaming=streaming,
                 )[part]
-                for part, of in chosen.items()
+                for part, shards in chosen.items()
             }
         except (ValueError, OSError, datasets.exceptions.DatasetGenerationError) as e:
             # pyarrow's errors are ValueErrors
-            found = damaged_shard([f for of in chosen.values() for f in of])
+            found = damaged_shard([f for shards in chosen.values() for f in shards])
             raise ValueError(
                 found or f"{origin} is not readable parquet: {e.__cause__ or e}"
             ) from e
         left_out = [
-            f"{counted(len(of), 'file')} of the part {part}"
-            for part, of in files.items()
+            f"{counted(len(paths), 'file')} of the part {part}"
+            for part, paths in files.items()
             if part not in chosen
         ]
-        every = {f for of in files.values() for f in of}
+        every = {f for paths in files.values() for f in paths}
         if path.is_dir() and (
             rest := [f for f in visible_parquet(path) if f not in every]
         ):
@@ -479,7 +479,7 @@ def label_column(features: Any) -> str | None:
     typed = [
         name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)
     ]
-    return next((of[0] for of in (named, typed) if len(of) == 1), None)
+    return next((found[0] for found in (named, typed) if len(found) == 1), None)
 
 
 def class_numbers(
@@ -495,7 +495,7 @@ def class_numbers(
     import datasets
 
     nothing: dict[str, np.ndarray | None] = dict.fromkeys(values)
-    given = {part: of for part, of in values.items() if of is not None}
+    given = {part: column for part, column in values.items() if column is not None}
     if not given:
         return nothing, [], "no label column"
 
@@ -503,7 +503,7 @@ def class_numbers(
         return value is None or value != value
 
     try:
-        distinct = {v for of in given.values() for v in of if not missing(v)}
+        distinct = {v for column in given.values() for v in column if not missing(v)}
     except TypeError:
         return nothing, [], "no labels ({column!r} holds what is no class)"
     if isinstance(typed, datasets.ClassLabel):
@@ -517,8 +517,8 @@ def class_numbers(
         number = {value: k for k, value in enumerate(ordered)}
         classes = [str(value) for value in ordered]
     labels = dict(nothing)
-    for part, of in given.items():
-        labels[part] = np.array([number.get(v, -1) for v in of], dtype=np.int64)
+    for part, column in given.items():
+        labels[part] = np.array([number.get(v, -1) for v in column], dtype=np.int64)
     return labels, classes, "labels in {column!r}"
 
 

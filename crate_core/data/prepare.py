@@ -329,8 +329,10 @@ def settings_of(tasks: Sequence[Task], config: PrepareConfig) -> dict[str, Any]:
     """
     digest = hashlib.sha256()
     for task in tasks:
-        for name, label, of in zip(task.names, task.labels, task.pictures, strict=True):
-            size = of.size if of.size >= 0 else os.path.getsize(of.path)
+        for name, label, picture in zip(
+            task.names, task.labels, task.pictures, strict=True
+        ):
+            size = picture.size if picture.size >= 0 else os.path.getsize(picture.path)
             line = f"{task.file}\0{printable(name)}\0{label}\0{size}\n"
             digest.update(line.encode())
     chosen = {name: getattr(config, name) for name in ("side", "quality", "format")}
@@ -437,10 +439,10 @@ def prepare(
             shown.update(len(task.pictures))
             note(task, record)
     manifest = finish(root, config, raw, tasks, records, settings)
-    for part, of in manifest["parts"].items():
+    for part, written in manifest["parts"].items():
         report(
-            f"{part}: {of['count']:,} pictures, {of['bytes'] / 1e9:.3g} GB"
-            + (f" in {len(of['shards']):,} shards" if of["shards"] else "")
+            f"{part}: {written['count']:,} pictures, {written['bytes'] / 1e9:.3g} GB"
+            + (f" in {len(written['shards']):,} shards" if written["shards"] else "")
         )
     kind = "folder" if config.format == "folders" else "shards"
     report(f"train with --data {kind}:{root}")
@@ -506,13 +508,13 @@ def finish(
 
 def write_index(root: Path, part: str, shards: Sequence[Rows]) -> None:
     """Where the pictures of a part lie, for :mod:`crate_core.data.shards`."""
-    rows = np.array([row for of in shards for row in of], np.int64).reshape(-1, 3)
+    rows = np.array([row for shard in shards for row in shard], np.int64).reshape(-1, 3)
     file = io.BytesIO()
     np.savez(
         file,
-        shard=np.repeat(np.arange(len(shards)), [len(of) for of in shards]).astype(
-            np.int32
-        ),
+        shard=np.repeat(
+            np.arange(len(shards)), [len(shard) for shard in shards]
+        ).astype(np.int32),
         offset=rows[:, 0],
         size=rows[:, 1].astype(np.int32),
         label=rows[:, 2],
@@ -522,7 +524,9 @@ def write_index(root: Path, part: str, shards: Sequence[Rows]) -> None:
 
 def understood_raw(raw: RawData, source: str) -> list[str]:
     """What there is to prepare, in lines."""
-    counts = ", ".join(f"{len(of):,} in {part}" for part, of in raw.parts.items())
+    counts = ", ".join(
+        f"{len(pictures):,} in {part}" for part, pictures in raw.parts.items()
+    )
     how = f" ({raw.how})" if raw.how else ""
     lines = [f"data: {source}: {counts}{how}"]
     if raw.classes:

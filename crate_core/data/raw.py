@@ -110,8 +110,8 @@ def raw_data(source: str | Path, labels: str | Path | None = None) -> RawData:
         }
         left_out, notes = data.left_out, data.notes
         how = data.description
-    if any(of.of_class is None for of in parts.get("val", [])) and any(
-        of.of_class is not None for of in parts["train"]
+    if any(picture.of_class is None for picture in parts.get("val", [])) and any(
+        picture.of_class is not None for picture in parts["train"]
     ):
         found = Path(labels).expanduser() if labels is not None else found_labels(root)
         if found is None:
@@ -122,7 +122,12 @@ def raw_data(source: str | Path, labels: str | Path | None = None) -> RawData:
             notes = (f"labels of val from {found}",)
     elif labels is not None:
         raise ValueError(f"labels={str(labels)!r}: val/ has class folders already")
-    names = {str(of.of_class) for part in parts.values() for of in part if of.of_class}
+    names = {
+        str(picture.of_class)
+        for part in parts.values()
+        for picture in part
+        if picture.of_class
+    }
     if strange := sorted(n for n in names if n in (".", "..") or set(n) & set("/\\")):
         raise ValueError(f"{strange[0]!r} cannot be the name of a class folder")
     return RawData(parts, tuple(sorted(names)), left_out, notes, how)
@@ -173,7 +178,7 @@ def tar_pictures(
         for member in opened
         if member.isfile() and Path(member.name).suffix.lower() in image_extensions()
     ]
-    return sorted(found, key=lambda of: of.name)
+    return sorted(found, key=lambda picture: picture.name)
 
 
 def class_archives(archive: Path) -> list[Original]:
@@ -188,9 +193,9 @@ def class_archives(archive: Path) -> list[Original]:
             for member in sorted(inner, key=lambda m: m.name):
                 file = opened.extractfile(member)
                 assert file is not None  # it is a file
-                with tarfile.open(fileobj=file) as of:
+                with tarfile.open(fileobj=file) as inside:
                     name = Path(member.name).stem
-                    found += tar_pictures(of, archive, member.offset_data, name)
+                    found += tar_pictures(inside, archive, member.offset_data, name)
     except tarfile.TarError as error:
         raise ValueError(f"{archive} is not a readable tar file: {error}") from error
     if not found:
@@ -218,7 +223,7 @@ def labelled(pictures: Sequence[Original], labels: Path) -> list[Original]:
     if not labels.exists():
         raise FileNotFoundError(f"there is no file {labels}")
     rows = label_rows(labels)
-    ordered = sorted(pictures, key=lambda of: of.name)
+    ordered = sorted(pictures, key=lambda picture: picture.name)
     if all(len(row) == 1 for row in rows):
         if len(rows) != len(ordered):
             raise ValueError(
@@ -228,16 +233,18 @@ def labelled(pictures: Sequence[Original], labels: Path) -> list[Original]:
         classes = [row[0] for row in rows]
     else:
         by_name = {Path(row[0]).stem: row[1] for row in rows if len(row) > 1}
-        missing = [of for of in ordered if Path(of.name).stem not in by_name]
+        missing = [
+            picture for picture in ordered if Path(picture.name).stem not in by_name
+        ]
         if missing:
             raise ValueError(
                 f"{labels} has no label of {len(missing):,} of {len(ordered):,} "
                 f"pictures, such as {missing[0].name}"
             )
-        classes = [by_name[Path(of.name).stem] for of in ordered]
+        classes = [by_name[Path(picture.name).stem] for picture in ordered]
     return [
-        Original(of.path, of.name, name, of.offset, of.size)
-        for of, name in zip(ordered, classes, strict=True)
+        Original(picture.path, picture.name, name, picture.offset, picture.size)
+        for picture, name in zip(ordered, classes, strict=True)
     ]
 
 
@@ -305,9 +312,9 @@ def names_apart(pictures: Iterable[Original]) -> list[str]:
     """
     taken: set[str] = set()
     names = []
-    for of in pictures:
-        stem = Path(of.name).stem
-        name = stem if of.of_class is None else f"{of.of_class}/{stem}"
+    for picture in pictures:
+        stem = Path(picture.name).stem
+        name = stem if picture.of_class is None else f"{picture.of_class}/{stem}"
         free, number = name, 2
         while free.casefold() in taken:
             free, number = f"{name}-{number}", number + 1

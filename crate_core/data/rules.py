@@ -25,7 +25,7 @@ def rules() -> dict[str, str]:
 
     Book: :ref:`ch-first-training`.
     """
-    parts = "; ".join(f"{part}: {listed(of)}" for part, of in WORDS.items())
+    parts = "; ".join(f"{part}: {listed(words)}" for part, words in WORDS.items())
     usual = [end for end in USUAL if end in image_extensions()]
     left_behind = listed(sorted(RESOURCES | RESOURCE_FILES))
     return {

@@ -232,14 +232,14 @@ def shards(path: str | Path) -> ImageData:
     if manifest["format"] not in ("tar", "parquet"):
         raise ValueError(f"{root} holds prepared folders: give folder:{root}")
     sources = {
-        part: part_of_shards(root, part, [root / name for name in of["shards"]])
-        for part, of in manifest["parts"].items()
+        part: part_of_shards(root, part, [root / name for name in written["shards"]])
+        for part, written in manifest["parts"].items()
     }
     left_out = [
-        f"{counted(len(of['unreadable']), 'picture')} of {part} that could not be read "
-        "when they were prepared"
-        for part, of in manifest["parts"].items()
-        if of["unreadable"]
+        f"{counted(len(written['unreadable']), 'picture')} of {part} that could not be "
+        "read when they were prepared"
+        for part, written in manifest["parts"].items()
+        if written["unreadable"]
     ]
     train, held_out, classes = sources["train"], sources["val"], manifest["classes"]
     return ImageData(

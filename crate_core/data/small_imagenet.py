@@ -52,12 +52,16 @@ def small_imagenet(folder: str | Path) -> Path:
             for i in range(len(source)):
                 picture = source.read(i)
                 pixels = (255 * np.asarray(picture).squeeze()).round().astype(np.uint8)
-                of = names[int(source.labels[i])]
-                name = f"{of}_{i}" if part == "train" else f"ILSVRC2012_val_{i:08d}"
-                place = root / "train" / of if part == "train" else root / "val"
+                class_name = names[int(source.labels[i])]
+                name = (
+                    f"{class_name}_{i}"
+                    if part == "train"
+                    else f"ILSVRC2012_val_{i:08d}"
+                )
+                place = root / "train" / class_name if part == "train" else root / "val"
                 side = ENLARGED * pixels.shape[0]
                 large = Image.fromarray(pixels).resize((side, side))
                 large.save(place / f"{name}.JPEG", quality=95)
                 if part == "val":
-                    rows.writerow((name, of))
+                    rows.writerow((name, class_name))
     return root

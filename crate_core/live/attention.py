@@ -80,7 +80,9 @@ def numbers(state: State) -> dict[str, Any]:
     def gains(after: Tensor) -> list[float]:
         kept = (head_coordinates(after, mix.bases) * v).sum(-1)
         present = v.square().sum(-1)
-        return [float(kept[of].sum() / present[of].sum()) for of in (own, ~own)]
+        return [
+            float(kept[heads].sum() / present[heads].sum()) for heads in (own, ~own)
+        ]
 
     return {
         "load": n / (HEADS * RANK),
