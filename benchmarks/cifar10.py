@@ -255,7 +255,7 @@ def pixel_scores(data: ImageData, config: FrameConfig) -> dict[str, float]:
     }
 
 
-def operations(model: MaskedAutoencoder) -> int:
+def counted_operations(model: MaskedAutoencoder) -> int:
     """Floating-point operations of one training picture's forward pass, in a batch of
     64, masking ratio 0.75.
     """
@@ -385,7 +385,7 @@ def main() -> None:
         models[name] = {
             "changes": dict(variants[name]),
             "parameters": sum(p.numel() for p in fresh.parameters()),
-            "operations": operations(fresh),
+            "operations": counted_operations(fresh),
             "runs": runs,
         }
         if options.group == "comparison" and not options.train_only:

@@ -117,7 +117,7 @@ WAYS: dict[str, Callable[[bytes, int], torch.Tensor]] = {
 }
 
 
-def rates(
+def pictures_a_second(
     works: dict[str, Callable[[], Any]], pictures: int, rounds: int
 ) -> dict[str, dict[str, float]]:
     """Pictures a second of processor time for each way, taken in turns: median and
@@ -177,7 +177,7 @@ def main() -> None:
     }
     ways: dict[str, Any] = {
         name: {"rate": r}
-        for name, r in rates(works, len(files), options.rounds).items()
+        for name, r in pictures_a_second(works, len(files), options.rounds).items()
     }
     for name, work in WAYS.items():
         if work not in (package, decode_only):
@@ -205,7 +205,7 @@ def main() -> None:
         name: (lambda dataset=dataset: dataset.__getitems__(items))
         for name, dataset in datasets.items()
     }
-    small = rates(works, len(items), options.rounds)
+    small = pictures_a_second(works, len(items), options.rounds)
 
     content = {
         "imagenet": {

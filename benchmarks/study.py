@@ -481,7 +481,7 @@ def evaluated(
     return result
 
 
-def operations(model: MaskedAutoencoder, ratio: float) -> int:
+def counted_operations(model: MaskedAutoencoder, ratio: float) -> int:
     """Operations of one training picture's forward pass, in a batch of 64."""
     size = model.config.image_size
     sides = (size, size) if isinstance(size, int) else size
@@ -574,7 +574,7 @@ def execute(study: Study, run: Run, options: argparse.Namespace) -> Record:
         "diverged": diverged is not None,
         "why_diverged": diverged,
         "parameters": sum(p.numel() for p in fresh.parameters()),
-        "operations": operations(fresh, config.mask_ratio),
+        "operations": counted_operations(fresh, config.mask_ratio),
         "pictures": len(pictures.train),
         "epochs": study.epochs,
         "batch_size": config.batch_size,
