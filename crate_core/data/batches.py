@@ -44,7 +44,7 @@ SUBSTITUTES = 100
 """How many other pictures are tried in the place of one that cannot be read."""
 
 NAMED = 5
-"""How many pictures or classes a line names."""
+"""How many unreadable pictures a warning names."""
 
 MAX_UNREADABLE = 0.1
 """Share of pictures above which work stops as they cannot be read, unless given."""
