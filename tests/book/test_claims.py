@@ -170,6 +170,7 @@ def test_unknown_kind_is_refused() -> None:
         state(kind="obvious")
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("check", "said"),
     [
