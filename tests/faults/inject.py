@@ -1,8 +1,8 @@
 """Break the package on purpose, one fault at a time, and see who notices:
 
-    python tests/faults/inject.py                    every fault; goes on where it
-    stopped python tests/faults/inject.py theory/rate.py     the faults of one file
-    python tests/faults/inject.py --report           the table, from what has run
+    python tests/faults/inject.py                 every fault; goes on where it stopped
+    python tests/faults/inject.py theory/rate.py  the faults of one file
+    python tests/faults/inject.py --report        the table, from what has run
 
 Each fault (faults.py) goes into a copy of the repository.  There its file's unit tests
 run, then the chapters about the file until a claim notices; with `--every`, all of them
@@ -26,6 +26,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,7 @@ def tests_of(file: str) -> list[str]:
     return [f"tests/{test}" for test in TESTS.get(file, [f"{folder}/test_{name}"])]
 
 
+@cache
 def chapters_of(file: str, every: bool) -> list[str]:
     """The chapters about a file, and with `every` those that import it after them."""
     home = [name for name in HOME.get(file, []) if (ROOT / f"book/{name}.md").is_file()]
@@ -97,7 +99,6 @@ def chapters_of(file: str, every: bool) -> list[str]:
         text = page.read_text(encoding="utf8")
         if is_notebook(text) and module in direct_imports(page_code(text), package):
             found.append(page.stem)
-    home = [name for name in HOME.get(file, []) if (ROOT / f"book/{name}.md").is_file()]
     return list(dict.fromkeys(home + found))
 
 
