@@ -42,7 +42,7 @@ def preview(target: Tag) -> str | None:
     equation or claim.
     """
     kind = next((c for c in target.get("class", []) if c in SHOWN), None)
-    if kind is None or target.name != "div":
+    if kind is None:
         return None
     copy = BeautifulSoup(str(target), "html.parser")
     for unwanted in copy.select(LEFT_OUT):
@@ -63,16 +63,17 @@ def texts(folder: Path) -> dict[str, str]:
         )
         for path in sorted((folder / "book").glob("*.html"))
     }
-    found: dict[str, str] = {}
-    for name, page in parsed.items():
-        for there, place in linked(page, name):
-            key = f"{there}#{place}"
-            target = parsed[there].find(id=place) if there in parsed else None
-            if key not in found and isinstance(target, Tag):
-                shown = preview(target)
-                if shown is not None:
-                    found[key] = shown
-    return found
+    places = {
+        (name, tag["id"]): tag
+        for name, page in parsed.items()
+        for tag in page.select("div[id]")
+    }
+    asked = {link for name, page in parsed.items() for link in linked(page, name)}
+    found = {
+        f"{there}#{place}": preview(places[there, place])
+        for there, place in sorted(asked & places.keys())
+    }
+    return {key: shown for key, shown in found.items() if shown is not None}
 
 
 def write_previews(app: Sphinx, exception: Exception | None) -> None:
