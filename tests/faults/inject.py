@@ -76,6 +76,7 @@ TESTS = {
     "model/layers.py": ["model/test_crate.py", "model/test_reference.py"],
     "model/autoencoder.py": ["model/test_crate.py", "model/test_patches.py"],
     "model/fold.py": ["model/test_speed.py"],
+    "model/sparsify.py": ["model/test_sparsify.py", "model/test_variants.py"],
 }
 """Unit tests of a file, where they are not those of its name."""
 
