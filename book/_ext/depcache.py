@@ -26,6 +26,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -76,6 +77,14 @@ class Package:
             if parts:
                 names.add(".".join((self.name, *parts)))
         return names
+
+    def layout(self) -> tuple[frozenset[str], str]:
+        """What, besides a module's own text, decides which modules it imports: which
+        modules there are, and what `__init__.py` re-exports.
+        """
+        init = self.folder / "__init__.py"
+        text = init.read_text(encoding="utf8") if init.is_file() else ""
+        return frozenset(self.modules()), text
 
     def exports(self) -> dict[str, str]:
         """Name re-exported by `__init__.py` -> full name of the module
@@ -157,18 +166,33 @@ def transitive_imports(tree: ast.AST, package: Package) -> set[str]:
     """
     found: set[str] = set()
     todo = direct_imports(tree, package)
+    layout = package.layout()
     while todo:
         module = todo.pop()
-        if module in found:
-            continue
         found.add(module)
-        path = package.module_path(module)
-        assert path is not None
-        todo |= (
-            direct_imports(ast.parse(path.read_text(encoding="utf8")), package, module)
-            - found
-        )
+        text = module_text(package, module)
+        todo |= module_imports(package, module, text, layout)[0] - found
     return found
+
+
+def module_text(package: Package, module: str) -> str:
+    """The source of a module that there is."""
+    path = package.module_path(module)
+    assert path is not None
+    return path.read_text(encoding="utf8")
+
+
+@cache
+def module_imports(
+    package: Package, module: str, text: str, layout: tuple[frozenset[str], str]
+) -> tuple[frozenset[str], frozenset[str]]:
+    """What a module of this text imports itself: full names of modules of the package,
+    and top-level names of everything. Many pages ask it of one module.
+    """
+    del layout  # the answer is another one where it is another one
+    tree = ast.parse(text)
+    own = direct_imports(tree, package, module)
+    return frozenset(own), frozenset(foreign_imports(tree))
 
 
 def foreign_imports(tree: ast.AST) -> set[str]:
@@ -208,13 +232,22 @@ def page_code(text: str) -> ast.Module:
     return ast.Module(body=body, type_ignores=[])
 
 
+@cache
+def named_patterns(text: str, folder: str) -> frozenset[str]:
+    """What a text names under a folder, `*` allowed."""
+    found = re.findall(rf"\b{re.escape(folder)}/[\w.*/-]*[\w*]", text)
+    return frozenset(found)
+
+
 def named_files(text: str, root: Path, folders: Iterable[str]) -> set[Path]:
-    """Files under `folders` that the text names, `*` allowed."""
-    found: set[Path] = set()
-    for folder in folders:
-        for name in re.findall(rf"\b{re.escape(folder)}/[\w.*/-]*[\w*]", text):
-            found |= {path for path in root.glob(name) if path.is_file()}
-    return found
+    """Files under `folders` that the text names."""
+    return {
+        path
+        for folder in folders
+        for name in named_patterns(text, folder)
+        for path in root.glob(name)
+        if path.is_file()
+    }
 
 
 def is_notebook(text: str) -> bool:
@@ -235,12 +268,11 @@ def page_digest(
     data = named_files(text, root, folders)
     for name in packages:
         package = Package(name, root / name)
+        layout = package.layout()
         for module in sorted(transitive_imports(tree, package)):
-            path = package.module_path(module)
-            assert path is not None
-            source = path.read_text(encoding="utf8")
+            source = module_text(package, module)
             digest.update(f"{module}\0{source}\0".encode())
-            foreign |= foreign_imports(ast.parse(source))
+            foreign |= module_imports(package, module, source, layout)[1]
             data |= named_files(source, root, folders)
     for path in sorted(data):
         digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())

@@ -36,6 +36,9 @@ PALETTE_ERROR = 1.5
 """Largest root mean square error, in levels of 255, that a palette may cost a picture.
 """
 
+FIRST = 100_000
+"""Letters of a page's article in which its first sentences are looked for."""
+
 EDGES = """
 (function () {
   var wide = "div.math, mjx-container, p, pre, .output, table, .more-box";
@@ -216,8 +219,10 @@ def with_printed_number(page: str) -> str:
 
 def description(page: str) -> str:
     """The first sentences of the page's text, at most about 160 characters."""
-    article = BeautifulSoup(page, "html.parser").select_one("article.bd-article")
-    for paragraph in article.select("section > p") if article else ():
+    start = max(0, page.find('<article class="bd-article'))
+    # a page's first sentences stand at its start; all of it takes a second to parse
+    article = BeautifulSoup(page[start : start + FIRST], "html.parser")
+    for paragraph in article.select("section > p"):
         words = re.sub(r"\\\(.*?\\\)", "…", " ".join(paragraph.get_text().split()))
         if len(words) > 60:
             return words if len(words) <= 160 else words[:157].rsplit(" ", 1)[0] + " …"

@@ -9,11 +9,14 @@ bibliography have titles, which browsers show (`glossary_hover.py`).
 import json
 import posixpath
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from copy import copy
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urldefrag
 
-from bs4 import BeautifulSoup, Tag
+from bs4 import BeautifulSoup, SoupStrainer, Tag
+from readings import readings
 from sphinx.application import Sphinx
 
 SHOWN = {
@@ -26,15 +29,20 @@ SHOWN = {
 LEFT_OUT = ".headerlink, .claim-link, .eqno, script, details, div.solution"
 
 
-def linked(page: BeautifulSoup, name: str) -> Iterator[tuple[str, str]]:
-    """Page and id that the text of the page `name` links to."""
-    for link in page.select("article.bd-article a[href*='#']"):
+def linked(page: BeautifulSoup) -> Iterator[tuple[str, str]]:
+    """Address and id of what the page's text links to in the book."""
+    for link in page.find_all("a", href=lambda address: address and "#" in address):
         address, place = urldefrag(link["href"])
         if ":" not in address and {"headerlink", "claim-link"}.isdisjoint(
             link.get("class", [])
         ):
-            there = posixpath.join(posixpath.dirname(name), unquote(address))
-            yield (posixpath.normpath(there) if address else name), place
+            yield address, place
+
+
+def place_of(name: str, address: str, place: str) -> str:
+    """Where a link in the page `name` leads to."""
+    there = posixpath.join(posixpath.dirname(name), unquote(address))
+    return f"{posixpath.normpath(there) if address else name}#{place}"
 
 
 def preview(target: Tag) -> str | None:
@@ -44,36 +52,42 @@ def preview(target: Tag) -> str | None:
     kind = next((c for c in target.get("class", []) if c in SHOWN), None)
     if kind is None:
         return None
-    copy = BeautifulSoup(str(target), "html.parser")
-    for unwanted in copy.select(LEFT_OUT):
+    shown = copy(target)
+    for unwanted in shown.select(LEFT_OUT):
         unwanted.decompose()
-    for tag in copy.find_all(True):
+    for tag in [shown, *shown.find_all(True)]:
         tag.attrs.pop("id", None)
         if tag.name == "a":
             tag.unwrap()
-    parts = copy.select(SHOWN[kind]) if SHOWN[kind] else [copy]
+    parts = shown.select(SHOWN[kind]) if SHOWN[kind] else [shown]
     return "".join(str(part) for part in parts).strip() or None
 
 
-def texts(folder: Path) -> dict[str, str]:
-    """Each preview that some page of the built book links to, by page and id."""
-    parsed = {
-        path.relative_to(folder).as_posix(): BeautifulSoup(
-            path.read_text(encoding="utf8"), "html.parser"
-        )
-        for path in sorted((folder / "book").glob("*.html"))
+def links_and_previews(html: str) -> dict[str, Any]:
+    """What the text of a page links to, as the page writes it, and the preview of each
+    of its places that has one.
+    """
+    article = SoupStrainer("article", class_="bd-article")
+    page = BeautifulSoup(html, "html.parser", parse_only=article)
+    previews = {
+        target["id"]: text
+        for target in page.find_all("div", id=True, class_=list(SHOWN))
+        if (text := preview(target)) is not None
     }
-    places = {
-        (name, tag["id"]): tag
-        for name, page in parsed.items()
-        for tag in page.select("div[id]")
+    return {"links": sorted(set(linked(page))), "previews": previews}
+
+
+def texts(pages: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Each preview that some page links to, by page and id; pages by their names."""
+    asked = {
+        place_of(name, *link) for name, page in pages.items() for link in page["links"]
     }
-    asked = {link for name, page in parsed.items() for link in linked(page, name)}
     found = {
-        f"{there}#{place}": preview(places[there, place])
-        for there, place in sorted(asked & places.keys())
+        f"{name}#{place}": text
+        for name, page in pages.items()
+        for place, text in page["previews"].items()
     }
-    return {key: shown for key, shown in found.items() if shown is not None}
+    return {key: found[key] for key in sorted(asked & found.keys())}
 
 
 def write_previews(app: Sphinx, exception: Exception | None) -> None:
@@ -81,7 +95,12 @@ def write_previews(app: Sphinx, exception: Exception | None) -> None:
     if exception is not None or app.builder.name != "html":
         return
     out = Path(app.outdir)
-    told = json.dumps(texts(out), ensure_ascii=False).replace("</", "<\\/")
+    pages = sorted(path.name for path in (out / "book").glob("*.html"))
+    found = {
+        f"book/{name}": readings(app).of(f"book/{name}", links_and_previews)
+        for name in pages
+    }
+    told = json.dumps(texts(found), ensure_ascii=False).replace("</", "<\\/")
     (out / "_static" / "preview-texts.js").write_text(
         f"window.cratePreviews = {told};\n", encoding="utf8"
     )

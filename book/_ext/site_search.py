@@ -12,7 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bs4 import BeautifulSoup, Tag
+from readings import readings
 from sphinx.application import Sphinx
+from sphinx.config import Config
 
 TEXT = 1500
 """Letters of a record's text that are kept."""
@@ -52,11 +54,9 @@ def heading(section: Tag) -> str:
     return re.sub(r"^[\d.]+\s+", "", words).rstrip("# ")
 
 
-def records(
-    html: str, address: str, reference: bool = False, overview: bool = False
-) -> Iterator[dict[str, str]]:
-    """The records of a page: title `t`, chapter `c`, kind `k`, address
-    `u`, text `x`, and `o` where the page tells what another chapter derives.
+def records(html: str) -> Iterator[dict[str, str]]:
+    """The records of a page: title `t`, chapter `c`, kind `k`, place in the page `u`,
+    text `x`.
     """
     article = BeautifulSoup(html, "html.parser").select_one("article.bd-article")
     if article is None or (top := article.select_one("section")) is None:
@@ -67,10 +67,7 @@ def records(
     chapter = heading(top)
 
     def record(kind: str, title: str, place: str, text: str) -> dict[str, str]:
-        kind = "reference" if reference else kind
-        address_of = f"{address}#{place}" if place else address
-        found = {"k": kind, "t": title, "c": chapter, "u": address_of, "x": text}
-        return found | ({"o": "overview"} if overview else {})
+        return {"k": kind, "t": title, "c": chapter, "u": place, "x": text}
 
     yield record("chapter", chapter, "", own_text(top))
     for section in top.select("section[id]"):
@@ -92,6 +89,22 @@ def records(
         )
 
 
+def all_records(html: str) -> list[dict[str, str]]:
+    """The records of a page, as they are kept."""
+    return list(records(html))
+
+
+def addressed(record: dict[str, str], docname: str, config: Config) -> dict[str, str]:
+    """A page's record with its address, as a record of the package's reference if the
+    page belongs to it, and with `o` where it tells what another chapter derives.
+    """
+    place = f"#{record['u']}" if record["u"] else ""
+    found = record | {"u": f"{docname}.html{place}"}
+    if docname.startswith(tuple(config.search_reference)):
+        found["k"] = "reference"
+    return found | ({"o": "overview"} if docname in config.search_overview else {})
+
+
 def write_records(app: Sphinx, exception: Exception | None) -> None:
     """Write the records and the script, and put both into the search page."""
     if exception is not None or app.builder.name != "html":
@@ -101,10 +114,10 @@ def write_records(app: Sphinx, exception: Exception | None) -> None:
     for docname in sorted(app.env.found_docs):
         page = out / f"{docname}.html"
         if page.is_file() and docname not in app.config.search_without:
-            reference = docname.startswith(tuple(app.config.search_reference))
-            html = page.read_text(encoding="utf8")
-            overview = docname in app.config.search_overview
-            found += records(html, f"{docname}.html", reference, overview)
+            found += [
+                addressed(record, docname, app.config)
+                for record in readings(app).of(f"{docname}.html", all_records)
+            ]
     script = f"window.bookRecords = {json.dumps(found, ensure_ascii=False)};\n"
     (out / "_static" / "records.js").write_text(script, encoding="utf8")
     own = Path(__file__).with_name("site_search.js").read_text(encoding="utf8")

@@ -37,18 +37,19 @@ def test_what_a_preview_holds() -> None:
 
 
 @pytest.mark.repository
-def test_links_are_followed_from_where_they_stand(tmp_path: Path) -> None:
+def test_links_are_followed_from_where_they_stand() -> None:
     page = BeautifulSoup(PAGE, "html.parser")
-    assert set(previews.linked(page, "book/a.html")) == {
-        ("book/b.html", "thm-b"),
-        ("book/a.html", "thm-a"),
-        ("other/c.html", "d"),
-        ("book/a.html", "p"),
+    places = {previews.place_of("book/a.html", *link) for link in previews.linked(page)}
+    assert places == {
+        "book/b.html#thm-b",
+        "book/a.html#thm-a",
+        "other/c.html#d",
+        "book/a.html#p",
     }
-    (tmp_path / "book").mkdir()
-    (tmp_path / "book" / "a.html").write_text(PAGE)
     # only what some link leads to, and only where that is there
-    assert set(previews.texts(tmp_path)) == {"book/a.html#thm-a"}
+    pages = {"book/a.html": previews.links_and_previews(PAGE)}
+    assert set(pages["book/a.html"]["previews"]) == {"thm-a", "equation-a", "clm-a"}
+    assert set(previews.texts(pages)) == {"book/a.html#thm-a"}
 
 
 @pytest.mark.site
