@@ -454,20 +454,18 @@ def evaluated(
     study: Study,
     run: Run,
     model: MaskedAutoencoder,
-    pictures: ImageData,
-    test: ImageSource | None,
+    labelled: ImageSource,
+    parts: Mapping[str, ImageSource],
 ) -> Record:
     """Loss at masking ratio 0.75 (and the arm's own) under masks that are the same for
-    every run, linear probe and neighbours, on validation and, if given, test pictures.
+    every run, linear probe and neighbours, on each part, validation or test.
     """
     own = mask_ratio_of(EVERY_ARM[run.arm])
     known = encode(
-        model, SelectedImages(pictures.train, np.arange(study.labelled)), workers=0
+        model, SelectedImages(labelled, np.arange(study.labelled)), workers=0
     )
     result: Record = {}
-    for part, source in (("validation", pictures.held_out), ("test", test)):
-        if source is None:
-            continue
+    for part, source in parts.items():
         shown = some_pictures(source, model.config, study.scored)
         asked = encode(model, source)
         rows = (known.patch_mean, known.labels, asked.patch_mean, asked.labels)
@@ -493,10 +491,16 @@ def counted_operations(model: MaskedAutoencoder, ratio: float) -> int:
 
 
 def train_to(
-    config: PretrainConfig, study: Study, run: Run, pictures: ImageData, test: Any
+    config: PretrainConfig,
+    study: Study,
+    run: Run,
+    pictures: ImageData,
+    test: ImageSource | None,
 ) -> tuple[list[Record], str | None]:
-    """Train from mark to mark, evaluating at each; evaluations are kept beside the run,
-    so that one which was cut off is not made again.  Also why it diverged, or None."""
+    """Train from mark to mark, evaluating at each on test pictures, and at the end on
+    validation pictures too; where rates are chosen on these alone.  Evaluations are
+    kept beside the run, so that one which was cut off is not made again.  Also why it
+    diverged, or None."""
     directory = Path(config.output_dir)
     steps = Plan(replace(config, max_steps=None), len(pictures.train)).steps
     scores: list[Record] = []
@@ -518,7 +522,12 @@ def train_to(
             else:
                 model = fresh_model(config.model, config.seed)
             trained = time.process_time()
-            found = evaluated(study, run, model.to(config.device), pictures, test)
+            parts = {} if test is None else {"test": test}
+            if step == steps:
+                parts["validation"] = pictures.held_out
+            found = evaluated(
+                study, run, model.to(config.device), pictures.train, parts
+            )
             kept.parent.mkdir(parents=True, exist_ok=True)
             score = {
                 "epoch": epoch,
