@@ -24,8 +24,12 @@ def build(root: Path = ROOT, extra: tuple[str, ...] = ()) -> int:
     """Build the book at `root` into `root/_build/html`; the exit status is 0 only
     without a warning.
     """
-    # it has no __main__
-    start = "import sys; from jupyter_book.cli.main import main; sys.exit(main())"
+    # it has no __main__; Python looks for garbage after every 700 objects, which takes
+    # most of the time in which Sphinx loads a hundred pages of some hundred thousand
+    start = (
+        "import gc, sys; gc.set_threshold(200_000, 10, 10); "
+        "from jupyter_book.cli.main import main; sys.exit(main())"
+    )
     command = [
         sys.executable,
         "-c",

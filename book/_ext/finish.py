@@ -232,9 +232,11 @@ def description(page: str) -> str:
 def with_head(page: str) -> str:
     """The page with one viewport and, where its text gives one, a description."""
     viewport = '<meta name="viewport" content="width=device-width, initial-scale=1"/>'
+    if f"<head>\n{viewport}" in page:
+        return page
     page = re.sub(r'\s*<meta name="viewport"[^>]*>', "", page)
     head = viewport
-    if '<meta name="description"' not in page and (words := description(page)):
+    if words := description(page):
         head += f'\n<meta name="description" content="{html.escape(words)}"/>'
     return page.replace("<head>", f"<head>\n{head}", 1)
 

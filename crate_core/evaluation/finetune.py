@@ -11,7 +11,7 @@ Book: :ref:`ch-evaluation`.
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -61,13 +61,7 @@ from crate_core.model.classifier import Classifier
 from crate_core.model.config import FrameConfig
 from crate_core.model.files import weights_digest
 from crate_core.records import device_name, provenance, write_json
-from crate_core.training.checks import check_compiler
-from crate_core.training.devices import (
-    clip_gradient,
-    company,
-    gradient_sync,
-    make_accelerator,
-)
+from crate_core.training.devices import make_accelerator
 from crate_core.training.loop import Loop, relative_directory
 from crate_core.training.progress import Progress
 from crate_core.training.recipe import Schedule
@@ -338,26 +332,14 @@ class FinetuneTrainer(Loop[FinetuneConfig, Classifier]):
         )
         return accelerator.prepare(self.model, optimizer)
 
-    def introduce(self) -> None:
-        """Check what can fail before the work, and say what is about to run."""
-        config, accelerator = self.config, self.accelerator
-        if config.compile:
-            check_compiler(accelerator.device)
+    def about(self) -> Iterator[str]:
+        """The classifier and what of it learns."""
         learning = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        processes = accelerator.num_processes
-        self.report(
+        scratch = "from scratch " if self.config.from_scratch else ""
+        yield (
             f"classifier: {self.classes} classes, {learning:,} parameters that learn "
-            f"{'from scratch ' if config.from_scratch else ''}on "
-            f"{device_name(accelerator.device)}"
-            f"{f', {processes} processes' if processes > 1 else ''}, {config.precision}"
+            f"{scratch}on {self.where()}"
         )
-        crowded = company() if accelerator.device.type == "cpu" else None
-        if crowded is not None:
-            self.report(crowded)
-        if self.step:
-            self.report(
-                f"continuing after step {self.step:,} of {self.schedule.steps:,}"
-            )
 
     def parts(self) -> list[Sequence[int]]:
         """Rows of the batch that this process works on, micro-batch by micro-batch.
@@ -407,40 +389,28 @@ class FinetuneTrainer(Loop[FinetuneConfig, Classifier]):
         branches = len(self.model.drop_paths())
         return torch.rand(branches, self.config.batch_size, generator=generator)
 
-    def update(self, batches: Iterator[Batch]) -> tuple[Tensor, Tensor]:
-        """One step on the next micro-batches of this process: the loss before it and
-        the norm of its gradient.
-        """
-        config, accelerator = self.config, self.accelerator
-        device = accelerator.device
+    def micro_losses(self) -> list[Callable[[Batch], Tensor]]:
+        """The cross-entropy of each micro-batch, under the step's dropped branches."""
         noise = self.drop_noise()
-        rate = self.schedule.lr(self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate * group["lr_scale"]
-        smoothing = config.label_smoothing if self.mixup is None else 0.0
-        losses = []
-        for i, rows in enumerate(self.parts()):
-            batch = next(batches)
-            self.unreadable.add(batch, self.report_unreadable)
-            images = batch.images.to(device, non_blocking=True)
-            targets = self.labels[batch.indices].to(device)
-            if self.mixup is not None:
-                # the same weight and box in all parts of the batch
-                with seeded(config.seed, Stream.MIX, self.step):
-                    images, targets = self.mixup(images, targets)
-            self.model.set_drop_noise(noise[:, list(rows)].to(device))
-            with gradient_sync(
-                self.wrapped, accelerator, wanted=i == config.accumulate - 1
-            ):
-                loss = F.cross_entropy(
-                    self.forward(images).float(), targets, label_smoothing=smoothing
-                )
-                accelerator.backward(loss / config.accumulate)
-            losses.append(loss.detach())
-        norm = clip_gradient(self.wrapped, accelerator, config.clip_gradient)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return torch.stack(losses).mean(), norm.detach()
+        return [
+            partial(self.labelled_loss, noise=noise[:, list(rows)])
+            for rows in self.parts()
+        ]
+
+    def labelled_loss(self, batch: Batch, noise: Tensor) -> Tensor:
+        """The cross-entropy of a micro-batch, mixed with itself if the run mixes."""
+        config, device = self.config, self.accelerator.device
+        images = batch.images.to(device, non_blocking=True)
+        targets = self.labels[batch.indices].to(device)
+        smoothing = config.label_smoothing
+        if self.mixup is not None:
+            # the same weight and box in all parts of the batch
+            with seeded(config.seed, Stream.MIX, self.step):
+                images, targets = self.mixup(images, targets)
+            smoothing = 0.0
+        self.model.set_drop_noise(noise.to(device))
+        scores = self.forward(images).float()
+        return F.cross_entropy(scores, targets, label_smoothing=smoothing)
 
     def due(self) -> bool:
         """Whether an epoch ends."""

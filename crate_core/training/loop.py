@@ -25,8 +25,15 @@ from torch import Tensor, nn
 from crate_core.data.batches import Batch, UnreadableCount
 from crate_core.data.sources import ImageData
 from crate_core.model.saved import SavedModel
-from crate_core.records import write_json
-from crate_core.training.devices import load_optimizer_state, optimizer_state
+from crate_core.records import device_name, write_json
+from crate_core.training.checks import check_compiler
+from crate_core.training.devices import (
+    clip_gradient,
+    company,
+    gradient_sync,
+    load_optimizer_state,
+    optimizer_state,
+)
 from crate_core.training.progress import Progress
 from crate_core.training.recipe import Schedule, TrainingConfig
 from crate_core.training.run_directory import STOPPED_FILE, RunDirectory
@@ -133,9 +140,13 @@ class Loop(ABC, Generic[Config, Model]):
         """The micro-batches of the steps that are left, this process's share."""
 
     @abstractmethod
-    def update(self, batches: Iterator[Batch]) -> tuple[Tensor, Tensor]:
-        """One step on the next micro-batches: the loss before it and the norm of its
-        gradient; counts what is unreadable.
+    def micro_losses(self) -> list[Callable[[Batch], Tensor]]:
+        """The next step's loss as a function of each of its micro-batches."""
+
+    @abstractmethod
+    def about(self) -> Iterable[str]:
+        """What is about to run, in lines, after a look at what could fail at its end.
+        Every process calls it.
         """
 
     @abstractmethod
@@ -149,6 +160,51 @@ class Loop(ABC, Generic[Config, Model]):
     @abstractmethod
     def write_result(self, model: Model, command: str) -> None:
         """The files of a finished run, on the main process; the summary last."""
+
+    def introduce(self) -> None:
+        """Check what can fail before the work, and say what is about to run."""
+        if self.config.compile:
+            check_compiler(self.accelerator.device)
+        for line in self.about():
+            self.report(line)
+        crowded = company() if self.accelerator.device.type == "cpu" else None
+        if crowded is not None:
+            self.report(crowded)
+        if self.step:
+            self.report(
+                f"continuing after step {self.step:,} of {self.schedule.steps:,}"
+            )
+
+    def where(self) -> str:
+        """Device, processes and precision, for a line."""
+        processes = self.accelerator.num_processes
+        together = f", {processes} processes" if processes > 1 else ""
+        device = device_name(self.accelerator.device)
+        return f"{device}{together}, {self.config.precision}"
+
+    def update(self, batches: Iterator[Batch]) -> tuple[Tensor, Tensor]:
+        """One step on the next micro-batches of this process: the loss before it and
+        the norm of its gradient.
+
+        Micro-batches are equally large, so the mean of their means is the batch's.
+        """
+        config, accelerator = self.config, self.accelerator
+        rate = self.schedule.lr(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group.get("lr_scale", 1.0)
+        losses = []
+        for i, loss_of in enumerate(self.micro_losses(), start=1):
+            batch = next(batches)
+            self.unreadable.add(batch, self.report_unreadable)
+            last = i == config.accumulate
+            with gradient_sync(self.wrapped, accelerator, wanted=last):
+                loss = loss_of(batch)
+                accelerator.backward(loss / config.accumulate)
+            losses.append(loss.detach())
+        norm = clip_gradient(self.wrapped, accelerator, config.clip_gradient)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return torch.stack(losses).mean(), norm.detach()
 
     def to_save(self) -> bool:
         """Whether a checkpoint of the current step is due."""

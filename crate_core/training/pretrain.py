@@ -7,6 +7,7 @@ Book: :ref:`ch-first-training`, :ref:`ch-pretraining`.
 import importlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -38,12 +39,8 @@ from crate_core.keys import evaluation_noise, mask_noise
 from crate_core.model.autoencoder import MaskedAutoencoder
 from crate_core.model.build import fresh_model
 from crate_core.records import device_name, provenance, write_json
-from crate_core.training.checks import check_compiler
 from crate_core.training.devices import (
-    clip_gradient,
-    company,
     distribute,
-    gradient_sync,
     make_accelerator,
     whole_weights,
 )
@@ -206,12 +203,10 @@ class Trainer(Loop[PretrainConfig, MaskedAutoencoder]):
         """The model and its AdamW, as a copy or as a share."""
         return distribute(self.model, self.config, self.accelerator)
 
-    def introduce(self) -> None:
-        """Check what can fail before the work, and say what is about to run."""
-        config, accelerator = self.config, self.accelerator
-        if config.compile:
-            check_compiler(accelerator.device)
-        if accelerator.is_main_process:
+    def about(self) -> Iterator[str]:
+        """The model, the loss to beat and, where it is known, the normal one."""
+        config = self.config
+        if self.accelerator.is_main_process:
             # what the end needs is looked for before the work: some held-out picture
             some_pictures(self.data.held_out, config.model, PICTURES_SHOWN)
             for name in config.evaluators:
@@ -221,25 +216,14 @@ class Trainer(Loop[PretrainConfig, MaskedAutoencoder]):
                 fresh_model(config.model, config.seed), pictures
             )
         parameters = sum(p.numel() for p in self.model.parameters())
-        processes = accelerator.num_processes
-        self.report(
-            f"model: {parameters:,} parameters on {device_name(accelerator.device)}"
-            f"{f', {processes} processes' if processes > 1 else ''}, {config.precision}"
-        )
-        self.report(
+        yield f"model: {parameters:,} parameters on {self.where()}"
+        yield (
             f"loss to beat: {self.trivial.mean_picture:.4f}, "
             "what predicting the mean picture costs"
         )
-        crowded = company() if accelerator.device.type == "cpu" else None
-        if crowded is not None:
-            self.report(crowded)
         normal = self.plan.expected_final
         if normal is not None:
-            self.report(
-                f"loss that is normal at the end: {normal[0]:.3f} to {normal[1]:.3f}"
-            )
-        if self.step:
-            self.report(f"continuing after step {self.step:,} of {self.plan.steps:,}")
+            yield f"loss that is normal at the end: {normal[0]:.3f} to {normal[1]:.3f}"
 
     @property
     def sharded(self) -> bool:
@@ -276,41 +260,27 @@ class Trainer(Loop[PretrainConfig, MaskedAutoencoder]):
             dataset, order, config.workers, pin=accelerator.device.type == "cuda"
         )
 
-    def update(self, batches: Iterator[Batch]) -> tuple[Tensor, Tensor]:
-        """One step on the next micro-batches of this process: the loss before it and
-        the norm of its gradient.
+    def micro_losses(self) -> list[Callable[[Batch], Tensor]]:
+        """The error on what the step's masks remove of each micro-batch; all remove
+        equally many patches.
         """
         config, accelerator = self.config, self.accelerator
-        device = accelerator.device
         rows = local_rows(
             config.batch_size, accelerator.process_index, accelerator.num_processes
         )
         noise = mask_noise(
             config.seed, self.step, config.batch_size, math.prod(config.model.grid)
         )[rows]
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.plan.lr(self.step)
-        losses = []
-        for i, chances in enumerate(noise.split(len(noise) // config.accumulate)):
-            batch = next(batches)
-            self.unreadable.add(batch, self.report_unreadable)
-            with gradient_sync(
-                self.wrapped, accelerator, wanted=i == config.accumulate - 1
-            ):
-                standardized = self.model.standardize(
-                    batch.images.to(device, non_blocking=True)
-                )
-                loss = self.forward(
-                    standardized, config.mask_ratio, chances.to(device)
-                ).loss
-                # Micro-batches have equally many removed patches, so the mean of their
-                # means is the batch's.
-                accelerator.backward(loss / config.accumulate)
-            losses.append(loss.detach())
-        norm = clip_gradient(self.wrapped, accelerator, config.clip_gradient)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return torch.stack(losses).mean(), norm.detach()
+        chances = noise.split(len(noise) // config.accumulate)
+        return [partial(self.masked_loss, chances=own) for own in chances]
+
+    def masked_loss(self, batch: Batch, chances: Tensor) -> Tensor:
+        """The error on the patches with the largest chances."""
+        device = self.accelerator.device
+        images = batch.images.to(device, non_blocking=True)
+        standardized = self.model.standardize(images)
+        ratio = self.config.mask_ratio
+        return self.forward(standardized, ratio, chances.to(device)).loss
 
     def whole_model(self) -> MaskedAutoencoder | None:
         """The model in one piece; ``None`` on other processes when it is sharded.
