@@ -32,7 +32,11 @@ INVERSE_REGULARIZATION = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Values of scikit-learn's C that a probe chooses from."""
 
 CHOOSING = 10_000
-"""Labels that C is chosen on, where there are more: a fifth of them validates."""
+"""Labels that C is chosen on, where there are more: a fifth of them validates.
+
+C is the variance of a Gaussian prior on W.  More pictures add terms to the sum and
+leave the prior as it is, so that a value chosen on some of them means the same on all.
+"""
 
 
 @dataclass(frozen=True)
