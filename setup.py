@@ -12,6 +12,7 @@ from setuptools.command.build_py import build_py
 
 RESULTS = (
     "*.json",
+    "study/runs/*.json",
     "weights/*-seed0/config.json",
     "weights/*-seed0/model.safetensors",  # one seed of each network, to look into
 )

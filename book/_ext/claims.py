@@ -231,7 +231,7 @@ def check_claim(claim: Claim, boxes: Counter[str], root: Path) -> list[str]:
             f"{claim.label}: a label is clm-<chapter>-<what>, in small "
             "letters, digits and hyphens"
         )
-    if claim.recorded and not (root / claim.recorded).is_file():
+    if claim.recorded and not any(root.glob(claim.recorded)):
         problems.append(f"{claim.label}: there is no file {claim.recorded}")
     if claim.test:
         if not test_exists(claim.test, root):
