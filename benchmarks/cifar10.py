@@ -1,21 +1,19 @@
-r"""CIFAR-10: CRATE-MAE beside a ViT-MAE of as many parameters, and one change at a
-time.
+r"""CIFAR-10: the bundled CRATE-MAE beside a ViT-MAE of as many parameters.
 
-    python benchmarks/cifar10.py --data hf:PATH/cifar10-train.parquet python
-    benchmarks/cifar10.py --data hf:PATH/cifar10-train.parquet --group ablations --seeds
-    0 1 python benchmarks/cifar10.py --data hf:PATH/cifar10-train.parquet --group sweeps
-    --seeds 0 1 python benchmarks/cifar10.py --data hf:PATH/cifar10-train.parquet
-    --group rates --seeds 0 python benchmarks/cifar10.py --data
-    hf:PATH/cifar10-train.parquet --variants crate vit --epochs 200 --device cuda
+    python benchmarks/cifar10.py --data hf:PATH/cifar10-train.parquet
+    python benchmarks/cifar10.py --data hf:PATH/cifar10-train.parquet --group rates
+        --seeds 0
+    python benchmarks/cifar10.py --data hf:PATH/cifar10-train.parquet
+        --epochs 200 --device cuda
 
-Pretrains every variant once for each seed with the same budget, scores each run by
-completion, linear probes, neighbours and (in the comparison) fine-tuning, beside an
-untrained network and pixels, and writes every seed's figures. Runs go to ``--runs``;
-finished ones are reused, others continued.  The figures in ``results/`` come from two
-CPU cores: six epochs for the comparison (eight to thirteen minutes of one core a run);
-in batches of 64, half of one for each ablation and one for each sweep.  The group
-``rates`` is how the learning rates of the comparison were found: its first 300 steps,
-by their losses alone.
+Pretrains both once for each seed with the same budget, scores each run by completion,
+linear probes, neighbours and fine-tuning, beside an untrained network and pixels, and
+writes every seed's figures. Runs go to ``--runs``; finished ones are reused, others
+continued.  The figures in ``results/`` come from two CPU cores: six epochs, eight to
+thirteen minutes of one core a run.  The group ``rates`` is how their learning rates
+were found: the first 300 steps, by their losses alone.
+
+What layers are worth, all else equal, is for ``benchmarks/study.py``.
 """
 
 import argparse
@@ -58,35 +56,6 @@ COMPARISON: Mapping[str, Mapping[str, Any]] = {
 }
 """Same budget, seeds and data; as many parameters within 3 %."""
 
-ABLATIONS: Mapping[str, Mapping[str, Any]] = {
-    "crate": {},
-    "separate values": {"model.separate_values": True},
-    "over-complete, residual": {"model.expansion": 4},
-    "decoder of 1 layer": {"model.decoder_depth": 1},
-    "no norm": {"model.norm": "none"},
-    "vit": {"preset": "cifar10-tiny-vit"},
-}
-"""CRATE-MAE with one part of its design changed, and the ViT-MAE at that budget."""
-
-SWEEPS: Mapping[str, Mapping[str, Any]] = {
-    "crate": {},
-    "vit": {"preset": "cifar10-tiny-vit"},
-    "separate values": {"model.separate_values": True},
-    "visible tokens only": {"model.encode_visible_only": True},
-    "RMSNorm": {"model.norm": "rms"},
-    "masking ratio 0.5": {"mask_ratio": 0.5},
-    "masking ratio 0.9": {"mask_ratio": 0.9},
-    "lambda 0": {"model.lambd": 0.0},
-    "lambda 2": {"model.lambd": 2.0},
-    "eta 0.02": {"model.eta": 0.02},
-    "eta 0.5": {"model.eta": 0.5},
-    "2 layers": {"model.depth": 2},
-    "6 layers": {"model.depth": 6},
-}
-"""CRATE-MAE with one number of its design changed, and some parts; twice the budget of
-the ablations.
-"""
-
 LABELLED = 10_000
 """Labelled pictures that probes, neighbours and fine-tuning may see, of 50,000."""
 
@@ -123,9 +92,6 @@ class Group:
 
 GROUPS = {
     "comparison": Group(COMPARISON, "cifar10.json", 6.0, 256),
-    # Small batches, since these runs are short.
-    "ablations": Group(ABLATIONS, "cifar10-ablations.json", 0.5, 64),
-    "sweeps": Group(SWEEPS, "cifar10-sweeps.json", 1.0, 64),
     "rates": Group(RATES, "cifar10-rates.json", 6.0, 256, 300),
 }
 
