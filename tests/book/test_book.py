@@ -296,6 +296,13 @@ def test_chapter_imports_from_defining_modules(page: str) -> None:
 
 
 @pytest.mark.parametrize("page", pages())
+def test_code_is_at_most_88_columns_wide(page: str) -> None:
+    for cell, code in code_cells(text_of(page)) if is_notebook(text_of(page)) else ():
+        wide = [line for line in code.splitlines() if len(line) > 88]
+        assert not wide, f"cell {cell}: {wide}"
+
+
+@pytest.mark.parametrize("page", pages())
 def test_cells_run_in_any_folder(page: str) -> None:
     # The downloaded notebook has the package beside it, and no clone.
     for cell, code in code_cells(text_of(page)) if is_notebook(text_of(page)) else ():
