@@ -9,6 +9,7 @@ import tarfile
 import time
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -301,6 +302,28 @@ def test_every_form_holds_the_same_pictures(
         for name in [n for n in files if n.startswith(".prepare")]:
             files.pop(name)
     assert one == other
+
+
+def test_no_number_of_workers_takes_every_core_and_makes_the_same(
+    tmp_path: Path, archives: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    pool = preparing.ProcessPoolExecutor
+
+    def counted(workers: int, **options: Any) -> Any:
+        asked.append(workers)
+        return pool(workers, **options)
+
+    monkeypatch.setattr(preparing, "ProcessPoolExecutor", counted)
+    monkeypatch.setattr(preparing.os, "cpu_count", lambda: 3)
+    shards = []
+    for workers in (1, 0):
+        made(archives, tmp_path / str(workers), workers=workers)
+        files = files_of(tmp_path / str(workers))
+        shards.append({k: v for k, v in files.items() if k.endswith(".tar")})
+    assert asked == [3]
+    assert shards[0] == shards[1]
+    assert shards[0]
 
 
 def test_other_programs_read_the_shards(tmp_path: Path, folders: Path) -> None:

@@ -18,7 +18,11 @@ from PIL import Image
 
 from crate_core.cli import main
 from crate_core.inspection.layers import inspect_layers, inspect_weights
-from crate_core.inspection.page import inspection_report, shipped_pictures
+from crate_core.inspection.page import (
+    inspect_checkpoint,
+    inspection_report,
+    shipped_pictures,
+)
 from crate_core.inspection.sections import (
     SHOWN,
     falls,
@@ -26,7 +30,7 @@ from crate_core.inspection.sections import (
     picture_sections,
     readout_sections,
 )
-from crate_core.model.build import fresh_model
+from crate_core.model.build import fresh_model, load_model
 from crate_core.model.config import CrateMAEConfig, FrameConfig, ViTMAEConfig
 
 DIGITS = CrateMAEConfig.preset("digits", dim=16, depth=2, heads=2)
@@ -267,6 +271,26 @@ def test_command_writes_the_page(
     page = Page((tmp_path / "report.html").read_text(encoding="utf8"))
     assert "5 of 8 x 8 pixels" in page.words
     assert "scikit-learn's digits, held out" in page.words
+
+
+def test_function_takes_a_path_or_a_model_and_gives_the_same_page(
+    checkpoint: Path,
+) -> None:
+    said: list[str] = []
+    from_path = inspect_checkpoint(checkpoint, "mine", count=3, seeds=1)
+    from_model = inspect_checkpoint(
+        load_model(checkpoint), "mine", count=3, seeds=1, report=said.append
+    )
+    pages = [Page(text) for text in (from_path, from_model)]
+    assert pages[0].headings == pages[1].headings
+    assert set(pages[0].headings) < set(SECTIONS)
+    assert said == ["pictures: 3, scikit-learn's digits, held out"]
+    assert "inspect_checkpoint" in pages[0].words, "the record names the function"
+    # all but the time of day
+    texts = [re.sub(r"\d{4}-\d\d-\d\dT[\d:.+]+", "", page.words) for page in pages]
+    assert texts[0] == texts[1]
+    other = Page(inspect_checkpoint(fresh_model(DIGITS, 1), "mine", count=3, seeds=1))
+    assert re.sub(r"\d{4}-\d\d-\d\dT[\d:.+]+", "", other.words) != texts[0]
 
 
 @pytest.mark.parametrize(
