@@ -135,7 +135,7 @@ def test_settings_that_do_not_fit_are_named(
 # -- processes
 
 DRIVER = """
-import json, os, sys
+import functools, json, os, sys
 from pathlib import Path
 import torch
 import crate_core.model.files as pretrained, crate_core.records as records
@@ -171,6 +171,13 @@ def run(name, **fields):
 
 def forbidden(*_, **__):
     raise AssertionError("a process other than the first writes")
+
+# traced as ever, and no code is made; the compiler keeps files of its own, so before
+# the disk is closed
+compiler = torch.compile
+torch.compile = functools.partial(compiler, backend="eager")
+run("shares-compiled", shard=True, compile=True)
+torch.compile = compiler
 
 if not first:   # every way in which a run touches the disk
     pretrained.atomic_write = runs.atomic_write = records.atomic_write = forbidden
@@ -240,7 +247,15 @@ def test_two_processes_take_the_gradient_of_one(
 
 
 @pytest.mark.parametrize(
-    "kind", ["copies", "copies-accumulated", "shares", "mixed", "mixed-back"]
+    "kind",
+    [
+        "copies",
+        "copies-accumulated",
+        "shares",
+        "shares-compiled",
+        "mixed",
+        "mixed-back",
+    ],
 )
 def test_two_processes_end_where_one_ends(two: Path, whole: Path, kind: str) -> None:
     # Twelve steps of AdamW, whose first steps divide gradients by their own size:
