@@ -19,8 +19,10 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from IPython import get_ipython
 from IPython.display import display
 from matplotlib.figure import Figure
+from matplotlib_inline.backend_inline import set_matplotlib_formats
 from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
@@ -70,8 +72,11 @@ the posterior mean, ...
 
 def use_style() -> None:
     """Set the book's figure style: sizes, fonts, grids, the subspace colour cycle, a
-    white background.
+    white background; in a notebook two dots for each of the page's, for dense screens
+    and paper.
     """
+    if get_ipython() is not None:
+        set_matplotlib_formats("retina")
     plt.rcParams.update(
         {
             "figure.figsize": (7.0, 3.6),

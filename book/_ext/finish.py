@@ -158,10 +158,7 @@ def with_sized_pictures(page: str, folder: Path) -> str:
         if re.search(r"<a\b[^>]*>\s*$", before):  # it leads somewhere already
             return tag
         words = "This figure in full size"
-        return (
-            f'<a class="full-size" href="{source[1]}" title="{words}" tabindex="-1">'
-            f"{tag}</a>"
-        )
+        return f'<a class="full-size" href="{source[1]}" title="{words}">{tag}</a>'
 
     return re.sub(r"<img\b[^>]*>", sized, page)
 

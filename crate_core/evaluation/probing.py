@@ -6,6 +6,7 @@ Book: :ref:`ch-evaluation`.
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -107,7 +108,8 @@ def probe_checkpoint(
     if not is_count(seeds):
         raise ValueError(f"seeds={seeds!r}: at least 1 is needed")
     check_instance("head", head, LinearHeadConfig, "a LinearHeadConfig")
-    processes = PartialState(cpu=processes_on_cpu(device))
+    # the others wait while the first process fits, longer than the usual ten minutes
+    processes = PartialState(cpu=processes_on_cpu(device), timeout=timedelta(days=1))
     place = (
         pick_device(device) if processes.num_processes == 1 else str(processes.device)
     )

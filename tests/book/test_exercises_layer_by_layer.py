@@ -64,17 +64,16 @@ def test_each_doubling_adds_log_two_per_singular_value(seed, count):
     torch.testing.assert_close(unit_tokens(2 * tokens), unit_tokens(tokens))
 
 
-@given(seeds, st.floats(0.01, 0.3))
-def test_the_published_measure_does_not_see_sorting(seed, rest):
+@given(seeds, st.floats(0.01, 0.1))
+def test_the_published_measure_does_not_see_energy_between_heads(seed, rest):
     """ex-lbl-direction, for any small rest in the other heads."""
     g = seeded(seed)
     bases = torch.eye(64, dtype=F64).reshape(64, 4, 16).movedim(1, 0)
     parts = torch.randn(4, 65, 64, generator=g, dtype=F64) @ bases @ bases.mT
-    share = torch.full((4, 65, 1), rest, dtype=F64)
-    share[torch.arange(65) % 4, torch.arange(65)] = 1.0
-    spread, in_order = unit_tokens(parts.sum(0)), unit_tokens((share * parts).sum(0))
+    share = torch.tensor([1.0, rest, rest, rest], dtype=F64)[:, None, None]
+    spread, one_head = unit_tokens(parts.sum(0)), unit_tokens((share * parts).sum(0))
     torch.testing.assert_close(
-        direction_rate(spread, bases), direction_rate(in_order, bases)
+        direction_rate(spread, bases), direction_rate(one_head, bases)
     )
-    lower = subspace_coding_rate(in_order, bases, 0.1)
-    assert lower < subspace_coding_rate(spread, bases, 0.1)
+    lower = subspace_coding_rate(one_head, bases, 0.5)
+    assert lower < 0.7 * subspace_coding_rate(spread, bases, 0.5)
