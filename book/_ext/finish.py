@@ -152,6 +152,8 @@ def with_sized_pictures(page: str, folder: Path) -> str:
         if source is None or "loading=" in tag or not (folder / source[1]).is_file():
             return tag
         width, height = picture_size((folder / source[1]).resolve())
+        # a notebook's size of a figure is fixed; here it shrinks with the page
+        tag = re.sub(r'\sstyle="width: \d+px; height: \d+px;"', "", tag)
         tag = re.sub(r'\s(?:width|height)="[^"]*"', "", tag).rstrip("/> ")
         tag += f' width="{width}" height="{height}" loading="lazy" decoding="async"/>'
         before = page[max(0, match.start() - 200) : match.start()]

@@ -152,6 +152,10 @@ MEASURE = r"""async () => {
       alt: e.getAttribute("alt"),
       loaded: e.complete && e.naturalWidth > 0,
     })),
+    stretched: all("img", article).filter(e => e.clientWidth > 20).filter(e => {
+      const shown = e.clientWidth / e.clientHeight;
+      return Math.abs(shown / (e.naturalWidth / e.naturalHeight) - 1) > 0.05;
+    }).map(e => e.outerHTML.slice(0, 160)),
     previous: document.querySelector("a.left-prev")?.getAttribute("href"),
     next: document.querySelector("a.right-next")?.getAttribute("href"),
   };
@@ -174,6 +178,7 @@ def test_page_works_from_disk(tab: Visit, name: str) -> None:
         picture for picture in seen["pictures"] if not (picture["alt"] or "").strip()
     ] == []
     assert [picture for picture in seen["pictures"] if not picture["loaded"]] == []
+    assert seen["stretched"] == [], "pictures keep their shape"
     after = PAGES.index("book/api") + 1
     order = [*PAGES[:after], *modules(), *PAGES[after:]]
     index = order.index(name)
