@@ -83,7 +83,7 @@ FINETUNE_PRESETS: Mapping[str, Preset] = {
             "layer_decay": 0.75,
             "augmentation": "shift",
         },
-        cost="not measured yet",
+        cost="about 50 s of processor time on one x86-64 core (674 steps)",
     ),
     "cifar10": Preset(
         fields={
@@ -97,7 +97,7 @@ FINETUNE_PRESETS: Mapping[str, Preset] = {
             "layer_decay": 0.75,
             "augmentation": "shift_flip",
         },
-        cost="not measured yet",
+        cost="about 35 min of one x86-64 core (7,813 steps)",
     ),
     "imagenet-small": Preset(
         fields={**MAE, "checkpoint": "runs/imagenet-small"}, cost="not measured yet"
