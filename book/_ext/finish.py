@@ -55,20 +55,34 @@ EDGES = """
       delete box.dataset.scrolls;
     }
   }
+  function fit(formula) {
+    formula.style.removeProperty("--fit");
+    var share = 0.99 * formula.clientWidth / formula.scrollWidth;
+    if (formula.scrollWidth > formula.clientWidth && share >= 0.75) {
+      formula.style.setProperty("--fit", share.toFixed(2));
+    }
+  }
   function all() {
+    document.querySelectorAll("div.math > mjx-container").forEach(fit);
     document.querySelectorAll("article.bd-article :is(" + wide + ")").forEach(mark);
   }
   document.addEventListener("scroll", function (event) {
     if (event.target.classList) mark(event.target);
   }, {capture: true, passive: true});
   window.addEventListener("resize", all, {passive: true});
+  document.addEventListener("toggle", all, true);
+  document.addEventListener("click", function (event) {
+    if (event.target.closest(".toggle")) requestAnimationFrame(all);
+  });
   window.addEventListener("load", function () {
     document.fonts.ready.then(all);
   });
 })();
 """
 """Marks boxes that scroll sideways, for `book.css` to show at which edge there is more,
-and lets the Tab key reach them, so that arrow keys can scroll them.
+and lets the Tab key reach them, so that arrow keys can scroll them.  A formula that is
+up to a third too wide for a phone is set smaller first, which `book.css` does by
+``--fit``.
 """
 
 ICON = re.compile(

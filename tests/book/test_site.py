@@ -124,6 +124,7 @@ MEASURE = r"""async () => {
   document.querySelectorAll("details").forEach(d => { d.open = true; });
   const folded = document.querySelectorAll(".toggle-hidden");
   folded.forEach(d => d.classList.remove("toggle-hidden"));
+  dispatchEvent(new Event("resize"));
   await new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)));
   const all = (css, root = document) => Array.from(root.querySelectorAll(css));
   const scrolls = e => ["auto", "scroll"].includes(getComputedStyle(e).overflowX);
@@ -147,6 +148,10 @@ MEASURE = r"""async () => {
       .filter(e => !e.querySelector("pre, code"))
       .filter(e => /\\\(|\\\[|\$\$/.test(e.textContent))
       .map(e => e.textContent.slice(0, 100)),
+    scrolling: all("div.math > mjx-container", article).filter(e => {
+      const share = e.clientWidth / e.scrollWidth;
+      return share < 0.99 && share > 0.78;
+    }).map(e => e.parentElement.id || e.textContent.slice(0, 80)),
     pictures: all("img").map(e => ({
       src: e.getAttribute("src").slice(0, 80),
       alt: e.getAttribute("alt"),
@@ -174,6 +179,7 @@ def test_page_works_from_disk(tab: Visit, name: str) -> None:
     assert seen["mathErrors"] == []
     assert seen["unrendered"] == 0
     assert seen["rawTex"] == []
+    assert seen["scrolling"] == [], "a formula scrolls that would fit a little smaller"
     assert [
         picture for picture in seen["pictures"] if not (picture["alt"] or "").strip()
     ] == []
