@@ -95,8 +95,8 @@ The presets take the first: the authors train with MAE's code, where "base learn
 rate" is the number that is multiplied, and the peak is 4.8e-4. For the second speaks
 that the sentence goes on "increases the learning rate linearly to the base learning
 rate": then the peak is 3e-5, a sixteenth (``--lr 1.875e-6``). Both cost the same
-operations, bytes and hours; a wrong choice costs a whole run, and shows in the loss of
-the first epochs.
+operations, bytes and hours; a wrong choice costs a whole run, and a short one is no
+judge, since it favours the larger rate.
 """
 
 OURS: Mapping[str, str] = {
