@@ -118,9 +118,11 @@ def test_notebook_runs_from_the_wheel(
     last = nbformat.read(path, as_version=4).cells[-1]
     where = Path(last.outputs[0]["text"].strip())
     assert where.is_relative_to(installed / "venv")
+    # where libraries are imported they may warn of what they lack, on the page as well
     errors = [
         output["text"]
         for cell in nbformat.read(path, as_version=4).cells
+        if "remove-stderr" not in cell.metadata.get("tags", [])
         for output in cell.get("outputs", [])
         if output.get("name") == "stderr"
     ]
