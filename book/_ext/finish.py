@@ -81,7 +81,7 @@ EDGES = """
 """
 """Marks boxes that scroll sideways, for `book.css` to show at which edge there is more,
 and lets the Tab key reach them, so that arrow keys can scroll them.  A formula that is
-up to a third too wide for a phone is set smaller first, which `book.css` does by
+up to a third too wide for its place is set smaller first, which `book.css` does by
 ``--fit``.
 """
 
